@@ -1,0 +1,280 @@
+"""Saving and loading through transformers: the only file that touches its loading internals.
+
+A compressed model is an ordinary checkpoint whose config.json carries `quantization_config = {"quant_method":
+"kronpress", "format_version": 1, "plan": {...}}`. Importing kronpress registers that method; loading then swaps
+the planned layers on the meta device before the weights arrive.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kronpress.errors import RequestError, WorkError
+from kronpress.families import GEOMETRIES
+from kronpress.planning import Plan
+from kronpress.recipe import POCKET
+from kronpress.surgery import linear_layers, replace_module_, structured_layer, structured_layers, to_dense_
+
+METHOD = "kronpress"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class KronpressConfig(QuantizationConfigMixin):
+    """The `quantization_config` of config.json: a format version and the plan as JSON."""
+
+    def __init__(self, plan: dict[str, Any], format_version: int = FORMAT_VERSION, **_: Any) -> None:
+        # transformers passes the loading arguments of other methods as well, hence the ignored rest.
+        if format_version > FORMAT_VERSION:
+            raise WorkError(
+                f"the checkpoint has kronpress format version {format_version}, newer than {FORMAT_VERSION}, "
+                "the newest that this version of kronpress reads: upgrade kronpress"
+            )
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.plan = plan
+
+
+@register_quantizer(METHOD)
+class KronpressQuantizer(HfQuantizer):
+    """Swaps the planned layers before the weights are loaded, and gives dense ones back on `dequantize`."""
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> nn.Module:
+        # Parsed here, not in the config, which transformers copies and serialises freely.
+        plan = Plan.model_validate(self.quantization_config.plan)
+        layers = linear_layers(model)
+        stored = _stored_keys(checkpoint_files or [])
+        for name, layer_plan in plan.layers.items():
+            # A base model (AutoModel) names its modules without the prefix that the head's model gives them.
+            local = name if name in layers else name.removeprefix(f"{model.base_model_prefix}.")
+            if local not in layers:
+                raise WorkError(f"the checkpoint's plan names {name!r}, which {type(model).__name__} does not have")
+            layer = layers[local]
+            matrix = layer_plan.matrix_class(
+                layer_plan.out_features,
+                layer_plan.in_features,
+                layer_plan.spec,
+                dtype=layer.weight.dtype,
+                device="meta",
+            )
+            missing = [f"{name}.{factor}" for factor in matrix.factors if f"{name}.{factor}" not in stored]
+            if stored and missing:
+                # transformers would only warn and go on with random values.
+                raise WorkError(f"the checkpoint is damaged: {missing[0]!r} is missing from its weights")
+            replace_module_(model, local, structured_layer(layer, matrix))
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        _treat_as_float_(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        to_dense_(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+
+def _stored_keys(checkpoint_files: list[str]) -> set[str]:
+    keys: set[str] = set()
+    for path in checkpoint_files:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                keys.update(file.keys())
+    return keys
+
+
+def _treat_as_float_(model: nn.Module) -> None:
+    """Factors are floating-point parameters like any other: without this, `.half()` and `.float()` would raise."""
+    model.is_quantized = False  # type: ignore[assignment]
+
+
+def attach_plan_(model: nn.Module, plan: Plan) -> None:
+    """Make `save_pretrained` write, and `dequantize` undo, the structured layers. No-op on other modules."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = KronpressConfig(plan=plan.model_dump(mode="json"))
+    model.config.quantization_config = config
+    model.hf_quantizer = KronpressQuantizer(config)
+    _treat_as_float_(model)
+
+
+def attached_plan(model: nn.Module) -> Plan | None:
+    """The plan with which a compressed transformers model was made; None for a dense model."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return Plan.model_validate(config.plan) if isinstance(config, KronpressConfig) else None
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """A copy of a compressed model in which every layer is dense again; it loads in stock transformers.
+
+    Raises:
+        RequestError: the model has no structured layer.
+    """
+    if not structured_layers(model):
+        raise RequestError("the model has no structured layer: it is dense already")
+    dense = copy.deepcopy(model)
+    if isinstance(dense, PreTrainedModel):
+        dense.dequantize()
+    else:
+        to_dense_(dense)
+    return dense
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in float32 for work, its tokenizer, and the dtype in which its weights are stored."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    revision: str | None
+
+
+def model_path(name: str) -> str:
+    """What transformers is to load for MODEL: the bundled model, a local checkpoint, a run's model, or a Hub id.
+
+    Raises:
+        RequestError: a local folder that holds no checkpoint.
+    """
+    if name == POCKET:
+        return str(resources.files("kronpress") / "pocket")
+    path = Path(name)
+    if not path.exists():
+        if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise RequestError(f"model {name!r}: no such folder")
+        return name
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise RequestError(f"model {name!r} is no checkpoint: neither it nor its folder `model` holds a config.json")
+
+
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of MODEL or of a known bare geometry, which needs neither weights nor network."""
+    if name in GEOMETRIES and not Path(name).exists():
+        geometry = dict(GEOMETRIES[name])
+        return AutoConfig.for_model(geometry.pop("model_type"), **geometry)
+    with _loading(name):
+        return AutoConfig.from_pretrained(model_path(name), revision=revision)
+
+
+def load_model(name: str, revision: str | None = None) -> LoadedModel:
+    """The causal language model MODEL and its tokenizer, on the GPU if there is one.
+
+    Raises:
+        RequestError: no such model, or a folder that is no checkpoint.
+        WorkError: the checkpoint is damaged, or the Hub could not be reached.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = model_path(name)
+    with _loading(name):
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    commit = getattr(model.config, "_commit_hash", None)
+    stored_dtype = model.dtype
+    return LoadedModel(name, model.to(device=device, dtype=torch.float32), tokenizer, stored_dtype, commit)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """What transformers raises for a model that cannot be had, as one sentence."""
+    try:
+        yield
+    except (RequestError, WorkError):
+        raise
+    except SafetensorError as error:
+        raise WorkError(f"model {name!r}: its weights are damaged: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if Path(name).exists() or name == POCKET:
+            raise WorkError(f"model {name!r} could not be loaded: {reason}") from error
+        raise RequestError(
+            f"model {name!r} is neither {POCKET!r} nor a local folder, and could not be had from the Hub: {reason}"
+        ) from error
+
+
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path, overwrite: bool = False
+) -> None:
+    """Write model and tokenizer to the folder `out`, whole or not at all.
+
+    Raises:
+        RequestError: `out` is not an empty folder and `overwrite` is False.
+        WorkError: the folder could not be written (a full disk, say); what was in `out` is still there.
+    """
+    with atomic_folder(out, overwrite) as partial:
+        write_model(model, tokenizer, partial)
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Model and tokenizer as files of `folder`, for use inside `atomic_folder`."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def check_writable(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, before any work is done."""
+    if out.is_file():
+        raise RequestError(f"output folder {str(out)!r} is a file")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise RequestError(f"output folder {str(out)!r} is not empty: choose another, or pass --overwrite")
+
+
+@contextmanager
+def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into that takes the name `out` only when the block ends without an error."""
+    check_writable(out, overwrite)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    earlier = out.with_name(f".{out.name}.earlier-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            out.rename(earlier)
+        try:
+            partial.rename(out)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(out)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise WorkError(f"could not write {str(out)!r}: {error}; what was there before is unchanged") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,245 @@
+"""The command line: arguments in, one call each, tables or one JSON document out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from kronpress.checkpoint import check_writable, load_config, load_model, save_checkpoint, to_dense
+from kronpress.compression import compress_
+from kronpress.errors import RequestError, WorkError
+from kronpress.evaluation import evaluate
+from kronpress.healing import heal_
+from kronpress.pipeline import Messages
+from kronpress.pipeline import run as run_pipeline
+from kronpress.planning import make_plan
+from kronpress.recipe import POCKET, dump_recipe, load_recipe, recipe_names
+from kronpress.report import evaluation_table, healing_line, layers_table, plan_tables, results_table
+from kronpress.tokens import load_running_text, load_train_tokens
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Make a pretrained transformer language model smaller and faster with Kronecker products.",
+    epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong. --debug shows the traceback of an error.",
+)
+out_console = Console(highlight=False, soft_wrap=True)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or `pocket`, the bundled model")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="a compressed checkpoint, or a run directory")]
+RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or YAML file")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="change a recipe field")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="folder to write")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace what is in the output folder")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
+
+
+def _say(text: str) -> None:
+    err_console.print(text)
+
+
+MESSAGES = Messages(stage=_say, healing=lambda row: _say(healing_line(row)))
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="recipe to print")] = None) -> None:
+    """List the built-in recipes, or print one."""
+    if name is not None:
+        print(dump_recipe(load_recipe(name)), end="")
+        return
+    for each in recipe_names():
+        print(f"{each:14} {load_recipe(each).description}")
+
+
+@app.command()
+def plan(model: Model, recipe: RecipeOption, changes: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show what would be replaced by what; sizes and FLOPs; touches no weight.
+
+    MODEL may also be a bare geometry, such as gpt2, gpt2-medium or llama-2-7b.
+    """
+    resolved = load_recipe(recipe, changes, model)
+    made = make_plan(load_config(model, resolved.revision), resolved)
+    if as_json:
+        _print_json(made.model_dump(mode="json"))
+        return
+    for table in plan_tables(made):
+        out_console.print(table)
+
+
+@app.command()
+def compress(
+    model: Model,
+    recipe: RecipeOption,
+    out: OutOption,
+    changes: SetOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit and replace, without training, and write the checkpoint."""
+    check_writable(out, overwrite)
+    resolved = load_recipe(recipe, changes, model)
+    loaded = load_model(model, resolved.revision)
+    made = make_plan(loaded.model, resolved)
+    layers = compress_(loaded.model, made, progress=lambda name, done, total: _say(f"  {done + 1}/{total} {name}"))
+    save_checkpoint(loaded.model.to(loaded.dtype), loaded.tokenizer, out, overwrite)
+    if as_json:
+        reports = {name: report.model_dump(mode="json") for name, report in layers.items()}
+        _print_json({"out": str(out), "plan": made.model_dump(mode="json"), "layers": reports})
+        return
+    out_console.print(layers_table(layers))
+    out_console.print(plan_tables(made)[0])
+    out_console.print(f"checkpoint: {out}")
+
+
+@app.command()
+def heal(
+    directory: Checkpoint,
+    teacher: Annotated[str, typer.Option(help="the dense model to learn from")],
+    data: Annotated[list[str], typer.Option(help="built-in set, Hub data set id, or .txt, .jsonl, .parquet file")],
+    out: OutOption,
+    changes: SetOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a compressed checkpoint with its teacher, and write the healed one."""
+    check_writable(out, overwrite)
+    fields = {"model": teacher, "healing": {"data": data, "distillation_weight": 1.0, "language_model_weight": 0.0}}
+    resolved = load_recipe(fields, changes)
+    num_tokens = resolved.healing.num_steps * resolved.healing.sequences_per_step * resolved.healing.sequence_length
+    student, dense = load_model(str(directory)), load_model(teacher, resolved.revision)
+    tokens = load_train_tokens(student.tokenizer, resolved.healing.data, num_tokens)
+    log = heal_(student.model, dense.model, tokens, resolved.healing, seed=resolved.seed, progress=MESSAGES.healing)
+    save_checkpoint(student.model.to(student.dtype), student.tokenizer, out, overwrite)
+    if as_json:
+        _print_json({"out": str(out), "healing": log.model_dump(mode="json")})
+        return
+    out_console.print(f"healed on {log.tokens:,} tokens in {log.seconds:.0f} s; checkpoint: {out}")
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Model,
+    data: Annotated[list[str] | None, typer.Option(help="built-in set, Hub data set id, or local file")] = None,
+    protocol: Annotated[str, typer.Option(help="how perplexity is measured")] = "window",
+    window: Annotated[int | None, typer.Option(help="tokens of context; the model's limit if not given")] = None,
+    stride: Annotated[int | None, typer.Option(help="tokens from window to window; the window if not given")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity and bits per byte on test text."""
+    if not data:
+        data = ["bundled" if model == POCKET else "wikitext2"]
+    texts = {name: load_running_text(name, "test") for name in data}
+    loaded = load_model(model)
+    metrics = {
+        name: {
+            **evaluate(loaded.model, loaded.tokenizer, "".join(text.documents), protocol, window, stride).to_json(),
+            "data_revision": text.revision,
+        }
+        for name, text in texts.items()
+    }
+    if as_json:
+        _print_json({"model": model, "revision": loaded.revision, "metrics": metrics})
+        return
+    out_console.print(evaluation_table(model, metrics))
+
+
+@app.command()
+def export(
+    directory: Checkpoint,
+    out: OutOption,
+    format: Annotated[str, typer.Option(help="dense: an ordinary checkpoint for stock transformers")] = "dense",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a compressed checkpoint in another format."""
+    if format != "dense":
+        raise RequestError(f"format {format!r}: allowed is dense")
+    check_writable(out, overwrite)
+    loaded = load_model(str(directory))
+    save_checkpoint(to_dense(loaded.model).to(loaded.dtype), loaded.tokenizer, out, overwrite)  # type: ignore[arg-type]
+    out_console.print(f"dense checkpoint: {out}")
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="built-in recipe or YAML file")],
+    out: OutOption,
+    changes: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, or start one")] = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress, heal, measure and save: everything a recipe says, in one run directory."""
+    results = run_pipeline(load_recipe(recipe, changes), out, resume=resume, overwrite=overwrite, messages=MESSAGES)
+    _show(results, out, as_json)
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("kronpress-demo"),
+    changes: SetOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The main job on the bundled model: krony-96m beside low rank at the same count, offline, in minutes."""
+    recipe = load_recipe("krony-96m", changes, POCKET)
+    rival = load_recipe("low-rank", model=POCKET)
+    results = run_pipeline(recipe, out, rivals=[rival], overwrite=overwrite, messages=MESSAGES)
+    _show(results, out, as_json)
+
+
+def _show(results: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json(results)
+        return
+    out_console.print(results_table(results))
+    for row in results["rows"]:
+        out_console.print(f"[bold]{row['name']}[/bold]: {row['continuation']!r}\n")
+    out_console.print(f"checkpoint: {out / 'model'}    all figures: {out / 'results.json'}\nTo load it:\n")
+    print("    import kronpress")
+    print("    from transformers import AutoModelForCausalLM")
+    print(f"    model = AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code instead of raising."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        app(arguments, prog_name="kronpress", standalone_mode=False)
+        return 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        code, message = 2, error.format_message()
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code, message = 130, "interrupted"
+    except RequestError as error:
+        code, message = 2, str(error)
+    except Exception as error:
+        known = isinstance(error, WorkError)
+        code, message = 1, str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+    if debug:
+        traceback.print_exc()
+    print(f"kronpress: error: {message}", file=sys.stderr)
+    return code

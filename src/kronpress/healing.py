@@ -1,0 +1,242 @@
+"""Healing: training of a compressed model, by its own language-model loss and by distillation from the teacher."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from kronpress.errors import RequestError, WorkError
+from kronpress.recipe import Healing
+from kronpress.tokens import pack
+
+
+class HealingRow(BaseModel):
+    """The state of the training after `step` steps; losses are means over the steps since the row before."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    num_steps: int
+    tokens: int
+    loss: float
+    language_model_nats: float
+    distillation_nats: float
+    learning_rate: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+class HealingLog(BaseModel):
+    """What `heal_` did."""
+
+    num_steps: int
+    tokens: int
+    seconds: float
+    resumed_at_step: int | None
+    rows: list[HealingRow]
+
+
+def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of −log p(target) in nats; logits (..., vocab), targets (...) of token ids."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · mean over tokens of KL(teacher ‖ student) = Σ_v p_v (log p_v − log q_v), both softened by T.
+
+    The factor T² keeps the gradient's size independent of T (Hinton et al. 2015, section 2). It is exactly 0 when
+    the logits are equal, and otherwise positive up to rounding.
+
+    >>> logits = torch.randn(2, 5)
+    >>> distillation_loss(logits, logits, temperature=2.0).item()
+    0.0
+
+    Args:
+        student_logits, teacher_logits: (..., vocab).
+    """
+    log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def heal_(
+    model: PreTrainedModel,
+    teacher: nn.Module | None,
+    train_tokens: Tensor,
+    healing: Healing,
+    *,
+    seed: int = 0,
+    work_dir: Path | None = None,
+    resume: bool = False,
+    progress: Callable[[HealingRow], None] | None = None,
+) -> HealingLog:
+    """Train `model` in place through `transformers.Trainer`; dropout is off.
+
+    loss = language_model_weight · language_model_loss + distillation_weight · distillation_loss
+
+    Args:
+        teacher: the dense model; may be None if `healing.distillation_weight` is 0.
+        train_tokens: one stream of token ids (num_tokens,), cut into sequences and shuffled by `seed`.
+        work_dir: where training checkpoints go every `healing.save_steps` steps.
+        resume: continue from the newest training checkpoint in `work_dir`, if there is one.
+        progress: called about fifty times in all.
+
+    Raises:
+        RequestError: distillation without a teacher, vocabularies that differ, or too little text.
+        WorkError: the loss is not finite.
+    """
+    num_steps = healing.num_steps
+    if healing.distillation_weight > 0:
+        if teacher is None:
+            raise RequestError("distillation_weight is not 0 and there is no teacher")
+        sizes = model.config.vocab_size, teacher.config.vocab_size  # type: ignore[union-attr]
+        if sizes[0] != sizes[1]:
+            raise RequestError(f"student and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens")
+        teacher.eval().requires_grad_(False)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and healing.sequence_length > limit:
+        raise RequestError(f"healing.sequence_length {healing.sequence_length}: the model reads at most {limit}")
+    sequences = pack(train_tokens, healing.sequence_length)
+    if num_steps == 0:
+        return HealingLog(num_steps=0, tokens=0, seconds=0.0, resumed_at_step=None, rows=[])
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = scratch if work_dir is None else str(work_dir)
+        # Reporting starts with the checkpoint, not with step 0, so that a resumed run shows true speeds.
+        checkpoint = get_last_checkpoint(folder) if resume and Path(folder).is_dir() else None
+        resumed_at = None if checkpoint is None else int(checkpoint.rpartition("-")[2])
+        trainer = _HealingTrainer(
+            model=model,
+            args=_training_arguments(healing, num_steps, seed, folder),
+            train_dataset=_Sequences(sequences),
+            teacher=teacher,
+            healing=healing,
+        )
+        trainer.remove_callback(PrinterCallback)  # it writes to standard output
+        reporter = _Reporter(trainer, healing, progress)
+        trainer.add_callback(reporter)
+        was_training, started = model.training, time.monotonic()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        model.train(was_training)
+    return HealingLog(
+        num_steps=num_steps,
+        tokens=num_steps * healing.sequences_per_step * healing.sequence_length,
+        seconds=time.monotonic() - started,
+        resumed_at_step=resumed_at,
+        rows=reporter.rows,
+    )
+
+
+def _training_arguments(healing: Healing, num_steps: int, seed: int, folder: str) -> TrainingArguments:
+    per_pass = healing.sequences_per_pass or healing.sequences_per_step
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=num_steps,
+        per_device_train_batch_size=per_pass,
+        gradient_accumulation_steps=healing.sequences_per_step // per_pass,
+        learning_rate=healing.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": healing.final_learning_rate},
+        warmup_steps=healing.warmup_steps,
+        weight_decay=healing.weight_decay,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not on_gpu,
+        seed=seed,
+        logging_steps=max(1, num_steps // 50),
+        logging_nan_inf_filter=False,
+        save_strategy="no" if healing.save_steps is None else "steps",
+        save_steps=healing.save_steps or num_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+class _Sequences(Dataset[dict[str, Tensor]]):
+    def __init__(self, sequences: Tensor) -> None:
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.sequences[index].long()}
+
+
+class _HealingTrainer(Trainer):
+    """A Trainer whose loss is the weighted sum of the healing terms."""
+
+    def __init__(self, *args: Any, teacher: nn.Module | None, healing: Healing, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.healing = healing
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
+        # The loss below is a mean over the batch; Trainer then divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.terms: list[tuple[float, float]] = []
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        model.eval()  # no dropout: the student is to agree with the teacher, not to be regularised
+        ids = inputs["input_ids"]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        language_model = language_model_loss(logits, ids[:, 1:])
+        distillation = logits.new_zeros(())
+        if self.healing.distillation_weight > 0:
+            with torch.no_grad():
+                teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits[:, :-1]  # type: ignore[misc]
+            distillation = distillation_loss(logits, teacher_logits, self.healing.temperature)
+        loss = self.healing.language_model_weight * language_model + self.healing.distillation_weight * distillation
+        if not math.isfinite(loss.item()):
+            raise WorkError(f"the healing loss is {loss.item()} at step {self.state.global_step}: try a lower rate")
+        self.terms.append((language_model.item(), distillation.item()))
+        return loss
+
+
+class _Reporter(TrainerCallback):
+    """Turns Trainer's log lines into HealingRows."""
+
+    def __init__(
+        self, trainer: _HealingTrainer, healing: Healing, progress: Callable[[HealingRow], None] | None
+    ) -> None:
+        self.trainer, self.progress = trainer, progress
+        self.tokens_per_step = healing.sequences_per_step * healing.sequence_length
+        self.rows: list[HealingRow] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.first_step, self.started = state.global_step, time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        seconds_per_step = (time.monotonic() - self.started) / (state.global_step - self.first_step)
+        terms = torch.tensor(self.trainer.terms, dtype=torch.float64).mean(0)
+        self.trainer.terms.clear()
+        row = HealingRow(
+            step=state.global_step,
+            num_steps=state.max_steps,
+            tokens=state.global_step * self.tokens_per_step,
+            loss=logs["loss"],
+            language_model_nats=terms[0].item(),
+            distillation_nats=terms[1].item(),
+            learning_rate=logs["learning_rate"],
+            tokens_per_second=self.tokens_per_step / seconds_per_step,
+            seconds_left=(state.max_steps - state.global_step) * seconds_per_step,
+        )
+        self.rows.append(row)
+        if self.progress is not None:
+            self.progress(row)

@@ -1,0 +1,12 @@
+"""The structures: one file each, and this registry of them."""
+
+from kronpress.matrices.kronecker import Kronecker
+from kronpress.matrices.low_rank import LowRank
+from kronpress.matrices.structured_matrix import Spec, StructuredMatrix
+
+STRUCTURES: dict[str, type[StructuredMatrix]] = {
+    "kronecker": Kronecker,
+    "low_rank": LowRank,
+}
+
+__all__ = ["STRUCTURES", "Kronecker", "LowRank", "Spec", "StructuredMatrix"]

@@ -1,0 +1,155 @@
+"""Sums of Kronecker products, W = Σ_i A_i ⊗ B_i.
+
+Letters: W (m, n); A_i (m1, n1) with row p and column a; B_i (m2, n2) with row q and column b; m = m1·m2,
+n = n1·n2; k terms counted by i; t tokens. (A ⊗ B)[p·m2 + q, a·n2 + b] = A[p, a] · B[q, b].
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from kronpress.errors import RequestError
+from kronpress.matrices.structured_matrix import Factors, Spec, StructuredMatrix
+from kronpress.matrices.svd import balanced_svd
+
+
+class KroneckerSpec(Spec):
+    """Sizes of Σ_i A_i ⊗ B_i: `left_shape` (m1, n1) of every A_i, `right_shape` (m2, n2) of every B_i."""
+
+    left_shape: tuple[PositiveInt, PositiveInt]
+    right_shape: tuple[PositiveInt, PositiveInt]
+    num_terms: PositiveInt = 1
+
+
+class Kronecker(StructuredMatrix):
+    """A sum of k Kronecker products, with parameters `weight` (m1, k, n1) and `right` (m2, k, n2).
+
+    `weight[p, i, a]` is A_i[p, a] and `right[q, i, b]` is B_i[q, b]: with the terms in the middle, either
+    order of contraction reads the larger factor as one matrix, so that all k terms are one GEMM.
+
+    >>> spec = Kronecker.Spec(left_shape=(2, 3), right_shape=(4, 1), num_terms=2)
+    >>> matrix = Kronecker(8, 3, spec)
+    >>> matrix.matmul(torch.ones(5, 3)).shape
+    torch.Size([5, 8])
+    >>> Kronecker.count_params(8, 3, spec)  # k (m1 n1 + m2 n2)
+    20
+    """
+
+    Spec = KroneckerSpec
+
+    @staticmethod
+    def factor_shapes(out_features: int, in_features: int, spec: KroneckerSpec) -> dict[str, tuple[int, ...]]:
+        (m1, n1), (m2, n2), k = spec.left_shape, spec.right_shape, spec.num_terms
+        if (m1 * m2, n1 * n2) != (out_features, in_features):
+            raise RequestError(
+                f"left_shape {m1}×{n1} ⊗ right_shape {m2}×{n2} is {m1 * m2}×{n1 * n2}, "
+                f"not the matrix's {out_features}×{in_features}"
+            )
+        if k > min(m1 * n1, m2 * n2):
+            raise RequestError(
+                f"num_terms {k} with factors {m1}×{n1} and {m2}×{n2}: "
+                f"{min(m1 * n1, m2 * n2)} terms already represent every matrix"
+            )
+        return {"weight": (m1, k, n1), "right": (m2, k, n2)}
+
+    @staticmethod
+    def num_paths(spec: KroneckerSpec) -> int:
+        return spec.num_terms
+
+    @staticmethod
+    def multiply(factors: Factors, x: Tensor) -> Tensor:
+        left, right = factors["weight"], factors["right"]
+        (m1, k, n1), (m2, _, n2) = left.shape, right.shape
+        x_tab = x.reshape(-1, n1, n2)  # (t, a, b)
+        if n1 * n2 * m2 + m1 * n1 * m2 <= m1 * n1 * n2 + m1 * n2 * m2:  # multiply-adds per term and token
+            # B first: Z[t, q, i, a] = Σ_b B_i[q, b] x[t, a, b], then y[t, p, q] = Σ_ia A_i[p, a] Z[t, q, i, a].
+            z = right.reshape(m2 * k, n2) @ x_tab.mT
+            y = z.reshape(-1, k * n1) @ left.reshape(m1, k * n1).mT  # (t q, p)
+            y = y.reshape(-1, m2, m1).mT
+        else:
+            # A first: U[t, b, p, i] = Σ_a A_i[p, a] x[t, a, b], then y[t, p, q] = Σ_ib B_i[q, b] U[t, b, p, i].
+            u = x_tab.mT.reshape(-1, n1) @ left.reshape(m1 * k, n1).mT  # (t b, p i)
+            u = u.reshape(-1, n2, m1, k).permute(0, 2, 3, 1)  # (t, p, i, b)
+            y = u.reshape(-1, k * n2) @ right.reshape(m2, k * n2).mT  # (t p, q)
+        return y.reshape(*x.shape[:-1], m1 * m2)
+
+    @staticmethod
+    def expand(factors: Factors) -> Tensor:
+        left, right = factors["weight"], factors["right"]
+        (m1, k, n1), (m2, _, n2) = left.shape, right.shape
+        w = left.new_zeros(m1, m2, n1, n2)
+        for i in range(k):
+            w += left[:, None, i, :, None] * right[None, :, i, None, :]
+        return w.reshape(m1 * m2, n1 * n2)
+
+    @staticmethod
+    def fit(weight: Tensor, spec: KroneckerSpec) -> dict[str, Tensor]:
+        """The best k-term sum in Frobenius norm (Van Loan & Pitsianis 1993).
+
+        Each m2×n2 block of W becomes one row of R (m1·n1, m2·n2); then ‖W − Σ A_i ⊗ B_i‖ = ‖R − Σ vec A_i
+        vec B_iᵀ‖, whose minimum is the truncated SVD of R. Its singular values are split evenly over the
+        two factors. The squared error is the sum of the discarded squared singular values of R.
+
+        Args:
+            weight: W, (out_features, in_features).
+        """
+        Kronecker.factor_shapes(*weight.shape, spec)
+        (m1, n1), (m2, n2), k = spec.left_shape, spec.right_shape, spec.num_terms
+        blocks = weight.to(torch.float64).reshape(m1, m2, n1, n2).permute(0, 2, 1, 3)  # (p, a, q, b)
+        a, b = balanced_svd(blocks.reshape(m1 * n1, m2 * n2), k)  # (p a, i), (i, q b)
+        left = a.reshape(m1, n1, k).mT
+        right = b.reshape(k, m2, n2).transpose(0, 1)
+        return {"weight": left.to(weight.dtype).contiguous(), "right": right.to(weight.dtype).contiguous()}
+
+    @classmethod
+    def candidate_specs(
+        cls,
+        out_features: int,
+        in_features: int,
+        max_params: int | None = None,
+        *,
+        right_shape: tuple[int, int] | None = None,
+        num_terms: int | None = None,
+    ) -> list[KroneckerSpec]:
+        """One spec for each shape of B, with `num_terms` terms or as many as `max_params` holds.
+
+        A `right_shape` is meant for a matrix at least as tall as wide; a wider one takes its transpose, as
+        Krony-PT does for `c_proj`.
+        """
+        if right_shape is None:
+            shapes = [(m2, n2) for m2 in divisors(out_features) for n2 in divisors(in_features)]
+            shapes.remove((1, 1))
+            shapes.remove((out_features, in_features))
+        else:
+            m2, n2 = right_shape if out_features >= in_features else reversed(right_shape)
+            for name, size, part in [("out_features", out_features, m2), ("in_features", in_features, n2)]:
+                if size % part:
+                    raise RequestError(
+                        f"right factor {m2}×{n2}: {part} does not divide {name} {size}; "
+                        f"its divisors are {', '.join(map(str, divisors(size)))}"
+                    )
+            shapes = [(m2, n2)]
+        if num_terms is None and max_params is None:
+            raise RequestError("a Kronecker sum needs num_terms or a budget to choose it by")
+        specs = []
+        for m2, n2 in shapes:
+            m1, n1 = out_features // m2, in_features // n2
+            most = min(m1 * n1, m2 * n2)
+            if max_params is not None:
+                most = min(most, max_params // (m1 * n1 + m2 * n2))
+            k = most if num_terms is None else num_terms
+            if 1 <= k <= most:
+                specs.append(KroneckerSpec(left_shape=(m1, n1), right_shape=(m2, n2), num_terms=k))
+        return specs
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors, ascending.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

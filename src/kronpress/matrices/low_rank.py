@@ -1,0 +1,74 @@
+"""Low rank, W = U V with U (out_features, rank) and V (rank, in_features)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from kronpress.errors import RequestError
+from kronpress.matrices.structured_matrix import Factors, Spec, StructuredMatrix
+from kronpress.matrices.svd import balanced_svd
+
+
+class LowRankSpec(Spec):
+    """`rank`: the inner size of U V."""
+
+    rank: PositiveInt
+
+
+class LowRank(StructuredMatrix):
+    """A product of two thin matrices, with parameters `weight` (out_features, rank, 1) and `right` (rank, in_features).
+
+    `weight` is U with a third dimension of one: see the base class for why it has three.
+
+    >>> LowRank.count_params(8, 3, LowRank.Spec(rank=2))  # rank (m + n)
+    22
+    """
+
+    Spec = LowRankSpec
+
+    @staticmethod
+    def factor_shapes(out_features: int, in_features: int, spec: LowRankSpec) -> dict[str, tuple[int, ...]]:
+        if spec.rank > min(out_features, in_features):
+            raise RequestError(
+                f"rank {spec.rank} for a {out_features}×{in_features} matrix: at most {min(out_features, in_features)}"
+            )
+        return {"weight": (out_features, spec.rank, 1), "right": (spec.rank, in_features)}
+
+    @staticmethod
+    def num_paths(spec: LowRankSpec) -> int:
+        return spec.rank
+
+    @staticmethod
+    def multiply(factors: Factors, x: Tensor) -> Tensor:
+        return x @ factors["right"].mT @ factors["weight"].squeeze(-1).mT
+
+    @staticmethod
+    def expand(factors: Factors) -> Tensor:
+        return torch.einsum("ors,ri->oi", factors["weight"], factors["right"])
+
+    @staticmethod
+    def fit(weight: Tensor, spec: LowRankSpec) -> dict[str, Tensor]:
+        """The truncated singular value decomposition of `weight` (out_features, in_features) (Eckart & Young 1936)."""
+        LowRank.factor_shapes(*weight.shape, spec)
+        u, v = balanced_svd(weight.to(torch.float64), spec.rank)
+        return {"weight": u.to(weight.dtype)[..., None].contiguous(), "right": v.to(weight.dtype).contiguous()}
+
+    @classmethod
+    def candidate_specs(
+        cls,
+        out_features: int,
+        in_features: int,
+        max_params: int | None = None,
+        *,
+        rank: int | None = None,
+    ) -> list[LowRankSpec]:
+        """The one spec with `rank`, or with the largest rank that `max_params` holds."""
+        if rank is None and max_params is None:
+            raise RequestError("low rank needs a rank or a budget to choose it by")
+        affordable = min(out_features, in_features)
+        if max_params is not None:
+            affordable = min(affordable, max_params // (out_features + in_features))
+        chosen = affordable if rank is None else rank
+        return [LowRankSpec(rank=chosen)] if 1 <= chosen <= affordable else []

@@ -1,0 +1,139 @@
+"""The abstract base of all structures: a matrix W that is stored, multiplied and fitted as a few factors.
+
+A structure is one file with one subclass. It gives a `Spec` and five functions, and the laws that they obey
+are checked for every structure by tests/contract. The functions are static and take the factors as a
+dictionary of tensors, so that a layer may own the factors as parameters under its own name.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from math import prod
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+Factors = Mapping[str, Tensor]
+
+
+class Spec(BaseModel):
+    """The sizes of one structured matrix: frozen, strict, and the same after a round trip through JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StructuredMatrix(nn.Module):
+    """W of shape (out_features, in_features), held as factors instead of entries.
+
+    The parameters are named as in `factor_shapes`, and one of them is called `weight` and has three
+    dimensions: a checkpoint of a structured layer then cannot be loaded by mistake into a dense one.
+    """
+
+    Spec: ClassVar[type[Spec]]
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        spec: Spec,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Factors drawn at random so that Var W_ij = 1 / in_features.
+
+        Raises:
+            RequestError: `spec` does not fit the shape.
+        """
+        super().__init__()
+        self.out_features, self.in_features, self.spec = out_features, in_features, spec
+        shapes = self.factor_shapes(out_features, in_features, spec)
+        # W_ij is a sum of `num_paths` products of one entry from each factor.
+        num_paths = self.num_paths(spec)
+        std = (in_features * num_paths) ** (-0.5 / len(shapes))
+        for name, shape in shapes.items():
+            factor = torch.empty(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(nn.init.normal_(factor, std=std)))
+
+    # ---- what a structure gives ----
+
+    @staticmethod
+    @abstractmethod
+    def factor_shapes(out_features: int, in_features: int, spec: Any) -> dict[str, tuple[int, ...]]:
+        """The shape of each factor, `weight` first; RequestError if `spec` does not fit the shape."""
+
+    @staticmethod
+    @abstractmethod
+    def num_paths(spec: Any) -> int:
+        """How many products of factor entries are summed in one entry of W."""
+
+    @staticmethod
+    @abstractmethod
+    def multiply(factors: Factors, x: Tensor) -> Tensor:
+        """x Wᵀ: (..., in_features) to (..., out_features), never forming W. The fast path."""
+
+    @staticmethod
+    @abstractmethod
+    def expand(factors: Factors) -> Tensor:
+        """W itself, (out_features, in_features). Written differently from `multiply`, whose oracle it is."""
+
+    @staticmethod
+    @abstractmethod
+    def fit(weight: Tensor, spec: Any) -> dict[str, Tensor]:
+        """The factors whose W is nearest to `weight` (out_features, in_features) in Frobenius norm.
+
+        Computed in float64, returned in the dtype of `weight`; loads strictly into an instance.
+        """
+
+    @classmethod
+    @abstractmethod
+    def candidate_specs(
+        cls, out_features: int, in_features: int, max_params: int | None = None, **fixed: Any
+    ) -> list[Any]:
+        """The specs for this shape with the `fixed` fields; a free count (terms, rank) is the most that fits.
+
+        Raises:
+            RequestError: a fixed field does not fit the shape, or a free count has no `max_params` to bound it.
+        """
+
+    # ---- what every structure has ----
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, spec: Any) -> Self:
+        """The structured matrix nearest to `weight` (out_features, in_features), in its dtype, on its device."""
+        matrix = cls(*weight.shape, spec, dtype=weight.dtype, device="meta")
+        matrix.load_state_dict(cls.fit(weight, spec), strict=True, assign=True)
+        return matrix
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x Wᵀ: (..., in_features) to (..., out_features)."""
+        return self.multiply(self.factors, x)
+
+    forward = matmul
+
+    def to_dense(self) -> Tensor:
+        """W, (out_features, in_features)."""
+        return self.expand(self.factors)
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features}, {self.in_features}, {self.spec!r}"
+
+    @classmethod
+    def count_params(cls, out_features: int, in_features: int, spec: Any) -> int:
+        """Stored floating-point numbers."""
+        return sum(map(prod, cls.factor_shapes(out_features, in_features, spec).values()))
+
+    @classmethod
+    def count_flops(cls, out_features: int, in_features: int, spec: Any) -> int:
+        """Floating-point operations of `multiply` for one token, 2 for each multiply-add, as traced on meta."""
+        matrix = cls(out_features, in_features, spec, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            matrix.matmul(torch.empty(1, in_features, device="meta"))
+        return counter.get_total_flops()

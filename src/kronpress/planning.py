@@ -1,0 +1,223 @@
+"""The plan: which module becomes which structure of which sizes, and what that does to size and FLOPs.
+
+`make_plan` looks at shapes alone. A plan is a frozen value that goes through JSON unchanged: the planner's
+output, what `compress_` carries out, and what a checkpoint stores so that it can be loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from kronpress.errors import RequestError, unknown_name
+from kronpress.families import target_patterns
+from kronpress.matrices import STRUCTURES, Spec, StructuredMatrix
+from kronpress.recipe import Budget, Recipe
+from kronpress.surgery import has_tied_weight, linear_layers, structured_layers, weight_shape
+
+
+class LayerPlan(BaseModel):
+    """What one linear layer becomes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    structure: str
+    out_features: int
+    in_features: int
+    spec: Any
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spec_of_structure(cls, fields: Any) -> Any:
+        structure, spec = fields["structure"], fields["spec"]
+        if structure not in STRUCTURES:
+            raise unknown_name("structure", structure, STRUCTURES)
+        return fields if isinstance(spec, Spec) else {**fields, "spec": STRUCTURES[structure].Spec(**spec)}
+
+    @property
+    def matrix_class(self) -> type[StructuredMatrix]:
+        return STRUCTURES[self.structure]
+
+    @property
+    def num_params(self) -> int:
+        return self.matrix_class.count_params(self.out_features, self.in_features, self.spec)
+
+    @property
+    def num_params_dense(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def flops_per_token(self) -> int:
+        return self.matrix_class.count_flops(self.out_features, self.in_features, self.spec)
+
+
+class Plan(BaseModel):
+    """Every replaced layer in the model's order, and the totals of the model before and after.
+
+    Parameters are floating-point numbers of the whole model, embeddings and head included, tied ones counted
+    once. FLOPs are those of all linear layers for one token, the head included, two for a multiply-add;
+    attention scores and element-wise work are left out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str
+    layers: dict[str, LayerPlan]
+    num_params: int
+    num_params_dense: int
+    num_params_targets: int
+    num_params_targets_dense: int
+    kept_of_targets: float
+    kept_of_model: float
+    flops_per_token: int
+    flops_per_token_dense: int
+    dtype: str
+    bytes: int
+    bytes_dense: int
+
+    @field_validator("layers")
+    @classmethod
+    def _not_empty(cls, layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
+        if not layers:
+            raise ValueError("a plan replaces at least one layer")
+        return layers
+
+
+def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> Plan:
+    """What `recipe` makes of a model, from its shapes alone: no weight is read.
+
+    >>> from transformers import GPT2Config
+    >>> from kronpress import load_recipe
+    >>> make_plan(GPT2Config(), load_recipe("krony-81m")).num_params
+    81972576
+
+    Args:
+        model_or_config: any module with `nn.Linear` or `Conv1D` layers, or a causal language model's configuration.
+
+    Raises:
+        RequestError: a target matches no linear layer, a layer's shape does not divide, a layer is tied to
+            another, or the budget cannot be met.
+    """
+    model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
+    if structured_layers(model):
+        raise RequestError("the model is already compressed: plan and compress the dense one it came from")
+    layers = linear_layers(model)
+    targets = _find_targets(model, layers, recipe)
+
+    num_params_dense = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    targets_dense = sum(out * inn for out, inn in targets.values())
+    dtype = _stored_dtype(model)
+    budget_params = _target_params(recipe.budget, num_params_dense, targets_dense, dtype.itemsize)
+    kept = None if budget_params is None else budget_params / targets_dense
+
+    planned = {name: _plan_layer(name, shape, recipe, kept) for name, shape in targets.items()}
+    num_params_targets = sum(layer.num_params for layer in planned.values())
+    num_params = num_params_dense - targets_dense + num_params_targets
+    if budget_params is not None and num_params_targets > budget_params:
+        raise RequestError(
+            f"recipe {recipe.name!r} has fixed sizes that leave {num_params_targets} parameters in the targeted "
+            f"layers, {num_params} in the model; the budget allows {budget_params} and "
+            f"{num_params - num_params_targets + budget_params}"
+        )
+
+    dense_flops = {name: 2 * layer.weight.numel() for name, layer in layers.items()}  # type: ignore[operator, union-attr]
+    planned_flops = {name: layer.flops_per_token for name, layer in planned.items()}
+    return Plan(
+        recipe=recipe.name,
+        layers=planned,
+        num_params=num_params,
+        num_params_dense=num_params_dense,
+        num_params_targets=num_params_targets,
+        num_params_targets_dense=targets_dense,
+        kept_of_targets=num_params_targets / targets_dense,
+        kept_of_model=num_params / num_params_dense,
+        flops_per_token=sum({**dense_flops, **planned_flops}.values()),
+        flops_per_token_dense=sum(dense_flops.values()),
+        dtype=str(dtype).removeprefix("torch."),
+        bytes=num_params * dtype.itemsize,
+        bytes_dense=num_params_dense * dtype.itemsize,
+    )
+
+
+def meta_model(config: PreTrainedConfig) -> nn.Module:
+    """The causal language model of `config`, without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _stored_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that the configuration names, or else that of the weights."""
+    named = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _find_targets(model: nn.Module, layers: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Shapes of the targeted layers, in the model's order."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    found: set[str] = set()
+    for pattern in target_patterns(recipe.targets, model_type):
+        matches = [name for name in layers if re.fullmatch(pattern, name)]
+        if not matches:
+            raise RequestError(
+                f"target {pattern!r} matches none of the model's {len(layers)} linear layers: "
+                f"{', '.join(list(layers)[:6])}{', ...' if len(layers) > 6 else ''}"
+            )
+        found.update(matches)
+    for name in found:
+        if has_tied_weight(model, layers[name]):
+            raise RequestError(f"target {name!r} shares its weight with another module, which would be left dense")
+    return {name: weight_shape(layer) for name, layer in layers.items() if name in found}
+
+
+def _target_params(budget: Budget, model_dense: int, targets_dense: int, itemsize: int) -> int | None:
+    """How many parameters the budget leaves for the targeted layers; None without a budget."""
+    if budget.kept_of_targets is not None:
+        return int(budget.kept_of_targets * targets_dense)
+    if budget.params is not None:
+        total = budget.params
+    elif budget.kept_of_model is not None:
+        total = int(budget.kept_of_model * model_dense)
+    elif budget.bytes is not None:
+        total = budget.bytes // itemsize
+    else:
+        return None
+    rest = model_dense - targets_dense
+    if total <= rest:
+        raise RequestError(
+            f"budget of {total} parameters: the layers that are not targeted already hold {rest} of {model_dense}"
+        )
+    return min(total - rest, targets_dense)
+
+
+def _plan_layer(name: str, shape: tuple[int, int], recipe: Recipe, kept: float | None) -> LayerPlan:
+    """The spec with the most parameters within the kept fraction; of equal ones that with the fewest FLOPs."""
+    out_features, in_features = shape
+    structure = STRUCTURES[recipe.structure]
+    # Fixed sizes are judged by the total of the plan, so that its matrices need not be equally small.
+    max_params = None if kept is None or recipe.has_fixed_sizes else int(kept * out_features * in_features)
+
+    def candidates(max_params: int | None) -> list[Any]:
+        return structure.candidate_specs(out_features, in_features, max_params, **recipe.spec)
+
+    try:
+        specs = candidates(max_params)
+        if not specs:
+            least = bisect_left(range(out_features * in_features), 1, key=lambda p: bool(candidates(p)))
+            raise RequestError(
+                f"the budget leaves {max_params} parameters, the smallest {recipe.structure} has {least}"
+            )
+        sizes = {spec: structure.count_params(out_features, in_features, spec) for spec in specs}
+    except RequestError as error:
+        raise RequestError(f"{name} ({out_features}×{in_features}): {error}") from error
+    most = max(sizes.values())
+    largest = [spec for spec in specs if sizes[spec] == most]
+    chosen = min(largest, key=lambda spec: structure.count_flops(out_features, in_features, spec))
+    return LayerPlan(structure=recipe.structure, out_features=out_features, in_features=in_features, spec=chosen)

@@ -1,0 +1,279 @@
+"""A recipe: one YAML file that says what is compressed, into what, how it is healed and how it is measured."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from kronpress.errors import RequestError, unknown_name
+from kronpress.matrices import STRUCTURES
+
+POCKET = "pocket"
+RECIPES = resources.files("kronpress") / "recipes"
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Section(BaseModel):
+    """Every field is checked, and a field that does not exist is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Budget(_Section):
+    """How much may remain. At most one field is set; one kept fraction is used for all targeted matrices."""
+
+    params: PositiveInt | None = Field(None, description="floating-point parameters of the whole model, tied once")
+    bytes: PositiveInt | None = Field(None, description="bytes of the whole model's parameters in its dtype")
+    kept_of_targets: Fraction | None = Field(None, description="fraction of the targeted matrices' parameters")
+    kept_of_model: Fraction | None = Field(None, description="fraction of the whole model's parameters")
+
+    @model_validator(mode="after")
+    def _one_at_most(self) -> Budget:
+        given = [name for name, value in self if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both set: a budget is one number")
+        return self
+
+    @property
+    def is_set(self) -> bool:
+        return any(value is not None for _, value in self)
+
+
+class Healing(_Section):
+    """Training of the compressed model; it stops at `max_steps` or `tokens`, whichever comes first."""
+
+    data: str | list[str] = Field("openwebtext", description="built-in set, Hub data set id, or local files")
+    max_steps: NonNegativeInt | None = Field(None, description="optimiser steps; 0 leaves the model unhealed")
+    tokens: PositiveInt | None = Field(None, description="training tokens, all steps together")
+    sequences_per_step: PositiveInt = Field(8, description="sequences in one optimiser step")
+    sequences_per_pass: PositiveInt | None = Field(
+        None, description="sequences in memory at once, gradients summed over passes; all of a step's if unset"
+    )
+    sequence_length: PositiveInt = Field(1024, description="tokens in one sequence")
+    learning_rate: PositiveFloat = Field(6e-5, description="peak rate of AdamW")
+    final_learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="rate at the end of the cosine, as a fraction of the peak"
+    )
+    warmup_steps: NonNegativeInt = Field(0, description="steps of linear rise to the peak rate")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled decay of all matrices")
+    language_model_weight: NonNegativeFloat = Field(1.0, description="weight of the next-token cross-entropy")
+    distillation_weight: NonNegativeFloat = Field(0.0, description="weight of KL(teacher ‖ student) of the logits")
+    temperature: PositiveFloat = Field(1.0, description="temperature of both distributions in the distillation")
+    save_steps: PositiveInt | None = Field(None, description="steps between training checkpoints; none if unset")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Healing:
+        if self.language_model_weight == 0 and self.distillation_weight == 0:
+            raise ValueError("language_model_weight and distillation_weight are both 0: nothing to minimise")
+        if self.sequences_per_step % (self.sequences_per_pass or 1):
+            raise ValueError(f"sequences_per_pass {self.sequences_per_pass} does not divide {self.sequences_per_step}")
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps under both limits.
+
+        Raises:
+            RequestError: neither `max_steps` nor `tokens` is set.
+        """
+        limits = [self.max_steps] if self.max_steps is not None else []
+        if self.tokens is not None:
+            limits.append(max(1, self.tokens // (self.sequences_per_step * self.sequence_length)))
+        if not limits:
+            raise RequestError("healing has no end: set healing.max_steps or healing.tokens")
+        return min(limits)
+
+
+class Evaluation(_Section):
+    """What the model is measured on, with the `window` protocol (see evaluation.py)."""
+
+    data: str | list[str] = Field("wikitext2", description="built-in sets, Hub data set ids, or local files")
+    window: PositiveInt | None = Field(None, description="tokens of context; the model's own limit if unset")
+    stride: PositiveInt | None = Field(None, description="tokens scored in each window; the window if unset")
+
+
+class Recipe(_Section):
+    """The whole run. Field names are those of the YAML file and of `--set path.to.field=value`."""
+
+    name: str = Field("custom", description="what the recipe is called in results")
+    description: str = Field("", description="one line, with the source of the method")
+    model: str = Field("gpt2", description="Hub id, local folder, or `pocket`")
+    revision: str | None = Field(None, description="revision of a Hub model")
+    seed: NonNegativeInt = Field(0, description="seed of the order of training sequences")
+    targets: str | list[str] = Field(
+        "mlp", description="`mlp`, `attention`, `blocks`, or regular expressions over whole module names"
+    )
+    structure: str = Field("kronecker", description=f"one of {', '.join(STRUCTURES)}")
+    spec: dict[str, Any] = Field({}, description="sizes of the structure that are fixed; the budget chooses the rest")
+    budget: Budget = Field(default_factory=Budget)
+    healing: Healing = Field(default_factory=Healing)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _known_structure_and_sizes(self) -> Recipe:
+        if self.structure not in STRUCTURES:
+            raise unknown_name("structure", self.structure, STRUCTURES)
+        sizes = _free_sizes(self.structure)
+        for name in self.spec:
+            if name not in sizes:
+                raise unknown_name(f"size of {self.structure}", name, sizes)
+        return self
+
+    @property
+    def has_fixed_sizes(self) -> bool:
+        """Whether `spec` leaves nothing for a budget to choose."""
+        return set(self.spec) == set(_free_sizes(self.structure))
+
+
+def _free_sizes(structure: str) -> list[str]:
+    parameters = inspect.signature(STRUCTURES[structure].candidate_specs).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+# With the bundled model every recipe runs offline, on two cores, in about a minute.
+POCKET_DEFAULTS: dict[str, Any] = {
+    "healing": {
+        "data": "bundled",
+        "max_steps": 100,
+        "tokens": None,
+        "sequences_per_step": 8,
+        "sequences_per_pass": None,
+        "sequence_length": 256,
+        "learning_rate": 1e-3,
+        "warmup_steps": 10,
+    },
+    "evaluation": {"data": "bundled", "window": None, "stride": None},
+}
+
+
+def recipe_names() -> list[str]:
+    """The names of the built-in recipes."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(source: str | Path | dict[str, Any]) -> dict[str, Any]:
+    """The fields that a built-in recipe's name, a YAML file or a dictionary gives, not yet checked."""
+    if isinstance(source, dict):
+        return source
+    if isinstance(source, str) and source in recipe_names():
+        text = (RECIPES / f"{source}.yaml").read_text(encoding="utf-8")
+    elif Path(source).is_file():
+        text = Path(source).read_text(encoding="utf-8")
+    elif str(source).endswith((".yaml", ".yml")):
+        raise RequestError(f"no recipe file {str(source)!r}")
+    else:
+        raise unknown_name("recipe", str(source), recipe_names())
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"recipe {str(source)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise RequestError(f"recipe {str(source)!r} is not a mapping of fields to values")
+    return fields
+
+
+def load_recipe(
+    source: str | Path | dict[str, Any], overrides: list[str] | None = None, model: str | None = None
+) -> Recipe:
+    """The recipe of that built-in name, path or dictionary, with `overrides` of the form `path.to.field=value`.
+
+    Values are read as YAML. Setting one `budget.*` replaces the recipe's budget. With the model `pocket`, data
+    and schedule not set by hand become those of POCKET_DEFAULTS.
+
+    >>> load_recipe("krony-96m", ["healing.max_steps=5"], model="pocket").healing.data
+    'bundled'
+
+    Raises:
+        RequestError: no such recipe, an unknown field (the nearest valid names are given) or a bad value.
+    """
+    fields = read_recipe(source)
+    changes = _parse_overrides(overrides or [])
+    if model is not None:
+        changes["model"] = model
+    if changes.get("model", fields.get("model")) == POCKET:
+        # What a file or dictionary says was set by hand; what a built-in recipe says is meant for GPT-2.
+        built_in = isinstance(source, str) and source in recipe_names()
+        fields = _merge(fields, POCKET_DEFAULTS) if built_in else _merge(POCKET_DEFAULTS, fields)
+    if "budget" in changes:
+        fields = {**fields, "budget": {}}
+    try:
+        return Recipe.model_validate(_merge(fields, changes))
+    except ValidationError as error:
+        raise _explain(error) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        nested = isinstance(inner, dict) and isinstance(value, dict)
+        merged[key] = _merge(inner, value) if nested else value  # type: ignore[arg-type]
+    return merged
+
+
+def _parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise RequestError(f"--set {override!r}: expected path.to.field=value")
+        try:
+            value = yaml.load(text, Loader=_NumberLoader)
+        except yaml.YAMLError as error:
+            raise RequestError(f"--set {override!r}: the value is not YAML") from error
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        changes = _merge(changes, value)
+    return changes
+
+
+class _NumberLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; here, as in YAML 1.2, it is a number."""
+
+
+_NumberLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _explain(error: ValidationError) -> RequestError:
+    """One sentence for the first thing that is wrong with a recipe."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in first["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return unknown_name("recipe field", path, _paths(section, first["loc"][:-1]))
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError):
+        return cause
+    return RequestError(f"recipe field {path or 'recipe'}: {first['msg']}; given {first['input']!r}"[:600])
+
+
+def _paths(section: type[BaseModel], prefix: tuple[Any, ...]) -> list[str]:
+    return [".".join([*map(str, prefix), name]) for name in section.model_fields]
