@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,7 @@ from kronpress.surgery import linear_layers, replace_module_, structured_layer, 
 
 METHOD = "kronpress"
 FORMAT_VERSION = 1
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @register_quantization_config(METHOD)
@@ -52,7 +53,7 @@ class KronpressConfig(QuantizationConfigMixin):
                 f"the checkpoint has kronpress format version {format_version}, newer than {FORMAT_VERSION}, "
                 "the newest that this version of kronpress reads: upgrade kronpress"
             )
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.plan = plan
 
@@ -65,7 +66,7 @@ class KronpressQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
         # Parsed here, not in the config, which transformers copies and serialises freely.
-        plan = Plan.model_validate(self.quantization_config.plan)
+        plan = Plan.model_validate(self.quantization_config.plan)  # type: ignore[attr-defined]
         layers = linear_layers(model)
         stored = _stored_keys(checkpoint_files or [])
         for name, layer_plan in plan.layers.items():
@@ -78,7 +79,7 @@ class KronpressQuantizer(HfQuantizer):
                 layer_plan.out_features,
                 layer_plan.in_features,
                 layer_plan.spec,
-                dtype=layer.weight.dtype,
+                dtype=layer.weight.dtype,  # type: ignore[arg-type]
                 device="meta",
             )
             missing = [f"{name}.{factor}" for factor in matrix.factors if f"{name}.{factor}" not in stored]
@@ -128,7 +129,7 @@ def attach_plan_(model: nn.Module, plan: Plan) -> None:
         return
     config = KronpressConfig(plan=plan.model_dump(mode="json"))
     model.config.quantization_config = config
-    model.hf_quantizer = KronpressQuantizer(config)
+    model.hf_quantizer = KronpressQuantizer(config)  # type: ignore[assignment]
     _treat_as_float_(model)
 
 
@@ -138,7 +139,7 @@ def attached_plan(model: nn.Module) -> Plan | None:
     return Plan.model_validate(config.plan) if isinstance(config, KronpressConfig) else None
 
 
-def to_dense(model: nn.Module) -> nn.Module:
+def to_dense(model: AnyModule) -> AnyModule:
     """A copy of a compressed model in which every layer is dense again; it loads in stock transformers.
 
     Raises:
@@ -207,7 +208,8 @@ def load_model(name: str, revision: str | None = None) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     commit = getattr(model.config, "_commit_hash", None)
     stored_dtype = model.dtype
-    return LoadedModel(name, model.to(device=device, dtype=torch.float32), tokenizer, stored_dtype, commit)
+    nn.Module.to(model, device=device, dtype=torch.float32)
+    return LoadedModel(name, model, tokenizer, stored_dtype, commit)
 
 
 @contextmanager
@@ -229,20 +231,32 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def save_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: Path, overwrite: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write model and tokenizer to the folder `out`, whole or not at all.
+
+    Args:
+        dtype: cast the model to this dtype first, in place; as it is if None.
 
     Raises:
         RequestError: `out` is not an empty folder and `overwrite` is False.
         WorkError: the folder could not be written (a full disk, say); what was in `out` is still there.
     """
     with atomic_folder(out, overwrite) as partial:
-        write_model(model, tokenizer, partial)
+        write_model(model, tokenizer, partial, dtype)
 
 
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, dtype: torch.dtype | None
+) -> None:
     """Model and tokenizer as files of `folder`, for use inside `atomic_folder`."""
+    if dtype is not None:
+        nn.Module.to(model, dtype=dtype)
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

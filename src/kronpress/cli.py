@@ -96,7 +96,7 @@ def compress(
     loaded = load_model(model, resolved.revision)
     made = make_plan(loaded.model, resolved)
     layers = compress_(loaded.model, made, progress=lambda name, done, total: _say(f"  {done + 1}/{total} {name}"))
-    save_checkpoint(loaded.model.to(loaded.dtype), loaded.tokenizer, out, overwrite)
+    save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
     if as_json:
         reports = {name: report.model_dump(mode="json") for name, report in layers.items()}
         _print_json({"out": str(out), "plan": made.model_dump(mode="json"), "layers": reports})
@@ -124,7 +124,7 @@ def heal(
     student, dense = load_model(str(directory)), load_model(teacher, resolved.revision)
     tokens = load_train_tokens(student.tokenizer, resolved.healing.data, num_tokens)
     log = heal_(student.model, dense.model, tokens, resolved.healing, seed=resolved.seed, progress=MESSAGES.healing)
-    save_checkpoint(student.model.to(student.dtype), student.tokenizer, out, overwrite)
+    save_checkpoint(student.model, student.tokenizer, out, dtype=student.dtype, overwrite=overwrite)
     if as_json:
         _print_json({"out": str(out), "healing": log.model_dump(mode="json")})
         return
@@ -170,7 +170,7 @@ def export(
         raise RequestError(f"format {format!r}: allowed is dense")
     check_writable(out, overwrite)
     loaded = load_model(str(directory))
-    save_checkpoint(to_dense(loaded.model).to(loaded.dtype), loaded.tokenizer, out, overwrite)  # type: ignore[arg-type]
+    save_checkpoint(to_dense(loaded.model), loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
     out_console.print(f"dense checkpoint: {out}")
 
 

@@ -21,6 +21,8 @@ class StructuredLinear(nn.Module):
     ['bias', 'right', 'weight']
     """
 
+    bias: Tensor | None
+
     def __init__(self, matrix: StructuredMatrix, bias: Tensor | None = None) -> None:
         """Takes over the parameters of `matrix`; `bias` has shape (out_features,)."""
         super().__init__()

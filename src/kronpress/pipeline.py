@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from kronpress.checkpoint import LoadedModel, atomic_folder, check_writable, load_model, write_model
@@ -146,7 +146,7 @@ def run(
     with atomic_folder(out, overwrite=overwrite or resume) as partial:
         (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         (partial / "plan.json").write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        write_model(main.model.to(teacher.dtype), teacher.tokenizer, partial / "model")
+        write_model(main.model, teacher.tokenizer, partial / "model", teacher.dtype)
         (partial / "results.json").write_text(
             json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -169,8 +169,7 @@ def _carry_out(
     model = copy.deepcopy(teacher.model)
     messages.stage(f"compressing by {recipe.name}")
     layers = compress_(model, plan)
-    # What is measured is what will be stored: rounded to the checkpoint's dtype.
-    model.to(teacher.dtype).to(torch.float32)
+    round_to_(model, teacher.dtype)
     sizes = _sizes(plan.num_params, plan.bytes, plan.flops_per_token)
 
     def row(name: str, stage: str) -> dict[str, Any]:
@@ -191,7 +190,7 @@ def _carry_out(
         progress=messages.healing,
     )
     if healing.num_steps:
-        model.to(teacher.dtype).to(torch.float32)
+        round_to_(model, teacher.dtype)
         rows.append(row(f"{recipe.name}, healed", "healed"))
     return Outcome(recipe, plan, layers, model, rows, healing)
 
@@ -244,6 +243,11 @@ def _measure(
     return {"metrics": metrics, "continuation": continue_text(model, tokenizer, PROMPT)}
 
 
+def round_to_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the weights to `dtype` while they stay in float32: what is measured is then what will be stored."""
+    nn.Module.to(nn.Module.to(model, dtype=dtype), dtype=torch.float32)
+
+
 def _sizes(num_params: int, num_bytes: int, flops_per_token: int) -> dict[str, int]:
     return {"num_params": num_params, "bytes": num_bytes, "flops_per_token": flops_per_token}
 
@@ -253,14 +257,14 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     model.eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     torch.manual_seed(0)
-    ids = model.generate(
+    ids = model.generate(  # type: ignore[operator]
         **inputs,
         max_new_tokens=CONTINUATION_TOKENS,
         do_sample=True,
         top_k=40,
         pad_token_id=tokenizer.eos_token_id,
     )
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 def _device_name() -> str:

@@ -95,7 +95,8 @@ class Kronecker(StructuredMatrix):
         Args:
             weight: W, (out_features, in_features).
         """
-        Kronecker.factor_shapes(*weight.shape, spec)
+        out_features, in_features = weight.shape
+        Kronecker.factor_shapes(out_features, in_features, spec)
         (m1, n1), (m2, n2), k = spec.left_shape, spec.right_shape, spec.num_terms
         blocks = weight.to(torch.float64).reshape(m1, m2, n1, n2).permute(0, 2, 1, 3)  # (p, a, q, b)
         a, b = balanced_svd(blocks.reshape(m1 * n1, m2 * n2), k)  # (p a, i), (i, q b)
@@ -104,7 +105,7 @@ class Kronecker(StructuredMatrix):
         return {"weight": left.to(weight.dtype).contiguous(), "right": right.to(weight.dtype).contiguous()}
 
     @classmethod
-    def candidate_specs(
+    def candidate_specs(  # type: ignore[override]
         cls,
         out_features: int,
         in_features: int,

@@ -51,12 +51,13 @@ class LowRank(StructuredMatrix):
     @staticmethod
     def fit(weight: Tensor, spec: LowRankSpec) -> dict[str, Tensor]:
         """The truncated singular value decomposition of `weight` (out_features, in_features) (Eckart & Young 1936)."""
-        LowRank.factor_shapes(*weight.shape, spec)
+        out_features, in_features = weight.shape
+        LowRank.factor_shapes(out_features, in_features, spec)
         u, v = balanced_svd(weight.to(torch.float64), spec.rank)
         return {"weight": u.to(weight.dtype)[..., None].contiguous(), "right": v.to(weight.dtype).contiguous()}
 
     @classmethod
-    def candidate_specs(
+    def candidate_specs(  # type: ignore[override]
         cls,
         out_features: int,
         in_features: int,

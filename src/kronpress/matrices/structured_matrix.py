@@ -39,7 +39,7 @@ class StructuredMatrix(nn.Module):
         self,
         out_features: int,
         in_features: int,
-        spec: Spec,
+        spec: Any,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -104,7 +104,8 @@ class StructuredMatrix(nn.Module):
     @classmethod
     def from_dense(cls, weight: Tensor, spec: Any) -> Self:
         """The structured matrix nearest to `weight` (out_features, in_features), in its dtype, on its device."""
-        matrix = cls(*weight.shape, spec, dtype=weight.dtype, device="meta")
+        out_features, in_features = weight.shape
+        matrix = cls(out_features, in_features, spec, dtype=weight.dtype, device="meta")
         matrix.load_state_dict(cls.fit(weight, spec), strict=True, assign=True)
         return matrix
 
