@@ -18,6 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -225,9 +232,19 @@ def _loading(name: str) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if Path(name).exists() or name == POCKET:
             raise WorkError(f"model {name!r} could not be loaded: {reason}") from error
-        raise RequestError(
+        kind = RequestError if _is_no_such_thing(error) else WorkError
+        raise kind(
             f"model {name!r} is neither {POCKET!r} nor a local folder, and could not be had from the Hub: {reason}"
         ) from error
+
+
+def _is_no_such_thing(error: BaseException | None) -> bool:
+    """Whether the Hub answered that there is no such repository, revision or file, or was never asked."""
+    while error is not None:
+        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError | HFValidationError):
+            return not isinstance(error, LocalEntryNotFoundError)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def save_checkpoint(

@@ -8,14 +8,14 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
+from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from kronpress.checkpoint import check_writable, load_config, load_model, save_checkpoint, to_dense
 from kronpress.compression import compress_
-from kronpress.errors import RequestError, WorkError
+from kronpress.errors import RequestError, WorkError, unknown_name
 from kronpress.evaluation import evaluate
 from kronpress.healing import heal_
 from kronpress.pipeline import Messages
@@ -27,7 +27,6 @@ from kronpress.tokens import load_running_text, load_train_tokens
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Make a pretrained transformer language model smaller and faster with Kronecker products.",
@@ -215,6 +214,12 @@ def _show(results: dict[str, Any], out: Path, as_json: bool) -> None:
     print(f"    model = AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})")
 
 
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+
+# Wrong options and missing arguments; typer carries its own copy of click, so the class has no public name.
+_UsageError: Any = typer.BadParameter.__base__
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code instead of raising."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -222,17 +227,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     try:
-        app(arguments, prog_name="kronpress", standalone_mode=False)
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+            raise unknown_name("command", arguments[0], COMMANDS)
+        app(arguments or ["--help"], prog_name="kronpress", standalone_mode=False)
         return 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.ClickException as error:
+    except _UsageError as error:
         code, message = 2, error.format_message()
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code, message = 130, "interrupted"
     except RequestError as error:
         code, message = 2, str(error)

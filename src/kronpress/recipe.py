@@ -272,7 +272,9 @@ def _explain(error: ValidationError) -> RequestError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):
         return cause
-    return RequestError(f"recipe field {path or 'recipe'}: {first['msg']}; given {first['input']!r}"[:600])
+    if isinstance(cause, ValueError):
+        return RequestError(f"recipe field {path}: {cause}")
+    return RequestError(f"recipe field {path}: {first['msg']}; given {first['input']!r}"[:600])
 
 
 def _paths(section: type[BaseModel], prefix: tuple[Any, ...]) -> list[str]:

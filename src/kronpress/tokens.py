@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -102,7 +101,7 @@ def _load_hub(name: str, hub_set: HubSet, split: Split) -> Text:
     try:
         revision = HfApi().dataset_info(hub_set.path, revision=hub_set.revision).sha
         rows = load_dataset(hub_set.path, hub_set.config, split=split, revision=revision, streaming=True)
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except Exception as error:  # the network, the Hub and datasets raise classes of their own
         raise WorkError(
             f"data {name!r} is no built-in set (bundled, {', '.join(BUILT_IN_SETS)}) and no local file, and could "
             f"not be had from the Hub as {hub_set.path!r}: {_first_line(error)}"
