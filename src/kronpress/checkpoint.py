@@ -290,6 +290,7 @@ def check_writable(out: Path, overwrite: bool) -> None:
 @contextmanager
 def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into that takes the name `out` only when the block ends without an error."""
+    out = out.absolute()  # `.` has no name to write a neighbour of
     check_writable(out, overwrite)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     earlier = out.with_name(f".{out.name}.earlier-{os.getpid()}")

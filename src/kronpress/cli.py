@@ -133,16 +133,16 @@ def heal(
 @app.command("eval")
 def evaluate_command(
     model: Model,
-    data: Annotated[list[str] | None, typer.Option(help="built-in set, Hub data set id, or local file")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="built-in set, Hub data set id, or local file; `bundled` if not given")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="how perplexity is measured")] = "window",
     window: Annotated[int | None, typer.Option(help="tokens of context; the model's limit if not given")] = None,
     stride: Annotated[int | None, typer.Option(help="tokens from window to window; the window if not given")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity and bits per byte on test text."""
-    if not data:
-        data = ["bundled" if model == POCKET else "wikitext2"]
-    texts = {name: load_running_text(name, "test") for name in data}
+    texts = {name: load_running_text(name, "test") for name in data or ["bundled"]}
     loaded = load_model(model)
     metrics = {
         name: {

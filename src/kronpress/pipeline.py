@@ -92,6 +92,7 @@ def run(
         WorkError: a step failed; training checkpoints are kept.
     """
     started = time.monotonic()
+    out = out.absolute()
     work = out.with_name(f".{out.name}.healing")
     if resume and (out / "results.json").is_file() and not work.exists():
         messages.stage(f"{out} is a finished run: nothing to do")

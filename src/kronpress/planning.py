@@ -105,8 +105,8 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> 
             another, or the budget cannot be met.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
-    if structured_layers(model):
-        raise RequestError("the model is already compressed: plan and compress the dense one it came from")
+    if structured_layers(model) or getattr(model_or_config, "quantization_config", None) is not None:
+        raise RequestError("the model is compressed or quantised already: plan and compress the dense one it came from")
     layers = linear_layers(model)
     targets = _find_targets(model, layers, recipe)
 

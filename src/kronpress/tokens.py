@@ -102,9 +102,11 @@ def _load_hub(name: str, hub_set: HubSet, split: Split) -> Text:
         revision = HfApi().dataset_info(hub_set.path, revision=hub_set.revision).sha
         rows = load_dataset(hub_set.path, hub_set.config, split=split, revision=revision, streaming=True)
     except Exception as error:  # the network, the Hub and datasets raise classes of their own
+        known = (
+            "" if name in BUILT_IN_SETS else f" is no built-in set (bundled, {', '.join(BUILT_IN_SETS)}) or file, and"
+        )
         raise WorkError(
-            f"data {name!r} is no built-in set (bundled, {', '.join(BUILT_IN_SETS)}) and no local file, and could "
-            f"not be had from the Hub as {hub_set.path!r}: {_first_line(error)}"
+            f"data {name!r}{known} could not be had from the Hub as {hub_set.path!r}: {_first_line(error)}"
         ) from error
     return Text(name, _column(rows, name), revision)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
 
@@ -21,8 +23,22 @@ def balanced_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rows < columns:
         right, left = balanced_svd(matrix.mT, rank)
         return left.mT, right.mT
-    _, eigenvectors = torch.linalg.eigh(matrix.mT @ matrix)  # ascending
-    v = eigenvectors[:, -rank:].flip(-1)  # (columns, rank)
+    v = _leading_eigenvectors(matrix.mT @ matrix, rank)  # (columns, rank)
     scaled_u = matrix @ v  # U S
     root = torch.linalg.vector_norm(scaled_u, dim=0).sqrt()  # S^½
     return scaled_u / root.clamp(min=torch.finfo(matrix.dtype).tiny), root[:, None] * v.mT
+
+
+def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors (size, rank) of the largest eigenvalues of a symmetric (size, size) matrix, largest first."""
+    size = len(gram)
+    # Lanczos, to machine precision and from a fixed start, where a few vectors of many are wanted: far less
+    # work than all of them.
+    if size > 256 and rank <= size // 32:
+        try:
+            _, vectors = eigsh(gram.cpu().numpy(), k=rank, v0=np.ones(size), tol=0)
+            return torch.from_numpy(vectors).flip(-1).to(gram)
+        except ArpackError:  # no convergence, or a zero matrix
+            pass
+    _, vectors = torch.linalg.eigh(gram)  # ascending
+    return vectors[:, -rank:].flip(-1)
