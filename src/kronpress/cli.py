@@ -32,8 +32,9 @@ app = typer.Typer(
     help="Make a pretrained transformer language model smaller and faster with Kronecker products.",
     epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong. --debug shows the traceback of an error.",
 )
-out_console = Console(highlight=False, soft_wrap=True)
-err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+# Names and texts may hold square brackets, so nothing printed is markup.
+out_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or `pocket`, the bundled model")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="a compressed checkpoint, or a run directory")]
@@ -207,7 +208,7 @@ def _show(results: dict[str, Any], out: Path, as_json: bool) -> None:
         return
     out_console.print(results_table(results))
     for row in results["rows"]:
-        out_console.print(f"[bold]{row['name']}[/bold]: {row['continuation']!r}\n")
+        out_console.print(f"{row['name']}: {row['continuation']!r}\n")
     out_console.print(f"checkpoint: {out / 'model'}    all figures: {out / 'results.json'}\nTo load it:\n")
     print("    import kronpress")
     print("    from transformers import AutoModelForCausalLM")

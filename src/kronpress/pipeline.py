@@ -8,7 +8,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -97,7 +98,8 @@ def run(
     if resume and (out / "results.json").is_file() and not work.exists():
         messages.stage(f"{out} is a finished run: nothing to do")
         return json.loads((out / "results.json").read_text(encoding="utf-8"))
-    if not resume:
+    continues = resume and work.exists()
+    if not continues:
         check_writable(out, overwrite)
         shutil.rmtree(work, ignore_errors=True)
     messages.stage(f"loading {recipe.model}")
@@ -113,8 +115,8 @@ def run(
         **_sizes(plan.num_params_dense, plan.bytes_dense, plan.flops_per_token_dense),
         **_measure(teacher.model, teacher.tokenizer, texts, recipe.evaluation),
     }
-    _claim(work, recipe)
-    main = _carry_out(recipe, plan, teacher, tokens, texts, messages, work=work, resume=resume)
+    with _training_folder(work, recipe):
+        main = _carry_out(recipe, plan, teacher, tokens, texts, messages, work=work, resume=resume)
     others = []
     for rival in rivals or []:
         rival = rival.model_copy(
@@ -144,14 +146,15 @@ def run(
         "resumed_at_steps": _note_resumption(work, main.healing.resumed_at_step),
         "seconds": time.monotonic() - started,
     }
-    with atomic_folder(out, overwrite=overwrite or resume) as partial:
+    # An interrupted run that is continued was allowed to replace what is in `out` when it began.
+    with atomic_folder(out, overwrite=overwrite or continues) as partial:
         (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         (partial / "plan.json").write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
         write_model(main.model, teacher.tokenizer, partial / "model", teacher.dtype)
         (partial / "results.json").write_text(
             json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)
     return results
 
 
@@ -196,13 +199,19 @@ def _carry_out(
     return Outcome(recipe, plan, layers, model, rows, healing)
 
 
-def _claim(work: Path, recipe: Recipe) -> None:
-    """Mark the working folder as this recipe's, or refuse to go on with another one's training."""
+@contextmanager
+def _training_folder(work: Path, recipe: Recipe) -> Iterator[None]:
+    """Mark `work` as this recipe's; whatever happens, it stays only if there is a training checkpoint in it."""
     note = work / "recipe.yaml"
     if note.is_file() and yaml.safe_load(note.read_text(encoding="utf-8")) != recipe.model_dump(mode="json"):
         raise RequestError(f"{work} holds an interrupted run of another recipe: run without --resume, or remove it")
     work.mkdir(parents=True, exist_ok=True)
     note.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    try:
+        yield
+    finally:
+        if not any(work.glob("checkpoint-*")):
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _note_resumption(work: Path, step: int | None) -> list[int]:
