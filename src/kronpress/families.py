@@ -83,6 +83,8 @@ def target_patterns(targets: str | list[str], model_type: str | None) -> list[st
         RequestError: a named target (`mlp`, `attention`, `blocks`) for an unknown family, or an expression
             that is not valid.
     """
+    if not targets:
+        raise RequestError(f"targets is empty: give {', '.join(TARGETS)}, or regular expressions over module names")
     patterns = []
     for target in [targets] if isinstance(targets, str) else targets:
         if target in TARGETS:

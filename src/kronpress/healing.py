@@ -109,9 +109,9 @@ def heal_(
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and healing.sequence_length > limit:
         raise RequestError(f"healing.sequence_length {healing.sequence_length}: the model reads at most {limit}")
-    sequences = pack(train_tokens, healing.sequence_length)
     if num_steps == 0:
         return HealingLog(num_steps=0, tokens=0, seconds=0.0, resumed_at_step=None, rows=[])
+    sequences = pack(train_tokens, healing.sequence_length)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if work_dir is None else str(work_dir)

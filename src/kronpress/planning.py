@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kronpress.errors import RequestError, unknown_name
 from kronpress.families import target_patterns
-from kronpress.matrices import STRUCTURES, Spec, StructuredMatrix
+from kronpress.matrices import STRUCTURES, StructuredMatrix
 from kronpress.recipe import Budget, Recipe
-from kronpress.surgery import has_tied_weight, linear_layers, structured_layers, weight_shape
+from kronpress.surgery import is_shared, linear_layers, structured_layers, weight_shape
 
 
 class LayerPlan(BaseModel):
@@ -34,11 +35,17 @@ class LayerPlan(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _spec_of_structure(cls, fields: Any) -> Any:
-        structure, spec = fields["structure"], fields["spec"]
-        if structure not in STRUCTURES:
-            raise unknown_name("structure", structure, STRUCTURES)
-        return fields if isinstance(spec, Spec) else {**fields, "spec": STRUCTURES[structure].Spec(**spec)}
+    def _known_structure(cls, fields: Any) -> Any:
+        if not {"structure", "spec"} <= set(fields):
+            return fields  # refused as incomplete
+        if fields["structure"] not in STRUCTURES:
+            raise unknown_name("structure", fields["structure"], STRUCTURES)
+        return {**fields, "spec": STRUCTURES[fields["structure"]].Spec.model_validate(fields["spec"])}
+
+    @model_validator(mode="after")
+    def _spec_fits(self) -> LayerPlan:
+        self.matrix_class.factor_shapes(self.out_features, self.in_features, self.spec)
+        return self
 
     @property
     def matrix_class(self) -> type[StructuredMatrix]:
@@ -54,7 +61,7 @@ class LayerPlan(BaseModel):
 
     @property
     def flops_per_token(self) -> int:
-        return self.matrix_class.count_flops(self.out_features, self.in_features, self.spec)
+        return _count_flops(self.structure, self.out_features, self.in_features, self.spec)
 
 
 class Plan(BaseModel):
@@ -114,9 +121,7 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> 
     targets_dense = sum(out * inn for out, inn in targets.values())
     dtype = _stored_dtype(model)
     budget_params = _target_params(recipe.budget, num_params_dense, targets_dense, dtype.itemsize)
-    kept = None if budget_params is None else budget_params / targets_dense
-
-    planned = {name: _plan_layer(name, shape, recipe, kept) for name, shape in targets.items()}
+    planned = {name: _plan_layer(name, shape, recipe, budget_params, targets_dense) for name, shape in targets.items()}
     num_params_targets = sum(layer.num_params for layer in planned.values())
     num_params = num_params_dense - targets_dense + num_params_targets
     if budget_params is not None and num_params_targets > budget_params:
@@ -143,6 +148,12 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> 
         bytes=num_params * dtype.itemsize,
         bytes_dense=num_params_dense * dtype.itemsize,
     )
+
+
+@cache
+def _count_flops(structure: str, out_features: int, in_features: int, spec: Any) -> int:
+    # Traced once for all layers of equal shape.
+    return STRUCTURES[structure].count_flops(out_features, in_features, spec)
 
 
 def meta_model(config: PreTrainedConfig) -> nn.Module:
@@ -172,8 +183,8 @@ def _find_targets(model: nn.Module, layers: dict[str, nn.Module], recipe: Recipe
             )
         found.update(matches)
     for name in found:
-        if has_tied_weight(model, layers[name]):
-            raise RequestError(f"target {name!r} shares its weight with another module, which would be left dense")
+        if is_shared(model, layers[name]):
+            raise RequestError(f"target {name!r} shares its weight with another place, which would be left dense")
     return {name: weight_shape(layer) for name, layer in layers.items() if name in found}
 
 
@@ -194,15 +205,19 @@ def _target_params(budget: Budget, model_dense: int, targets_dense: int, itemsiz
         raise RequestError(
             f"budget of {total} parameters: the layers that are not targeted already hold {rest} of {model_dense}"
         )
-    return min(total - rest, targets_dense)
+    return total - rest
 
 
-def _plan_layer(name: str, shape: tuple[int, int], recipe: Recipe, kept: float | None) -> LayerPlan:
-    """The spec with the most parameters within the kept fraction; of equal ones that with the fewest FLOPs."""
+def _plan_layer(
+    name: str, shape: tuple[int, int], recipe: Recipe, budget_params: int | None, targets_dense: int
+) -> LayerPlan:
+    """The spec with the most parameters within the layer's share of the budget; of equal ones the fewest FLOPs."""
     out_features, in_features = shape
     structure = STRUCTURES[recipe.structure]
     # Fixed sizes are judged by the total of the plan, so that its matrices need not be equally small.
-    max_params = None if kept is None or recipe.has_fixed_sizes else int(kept * out_features * in_features)
+    num_params_dense, max_params = out_features * in_features, None
+    if budget_params is not None and not recipe.has_fixed_sizes:
+        max_params = min(budget_params * num_params_dense // targets_dense, num_params_dense)
 
     def candidates(max_params: int | None) -> list[Any]:
         return structure.candidate_specs(out_features, in_features, max_params, **recipe.spec)
@@ -210,7 +225,9 @@ def _plan_layer(name: str, shape: tuple[int, int], recipe: Recipe, kept: float |
     try:
         specs = candidates(max_params)
         if not specs:
-            least = bisect_left(range(out_features * in_features), 1, key=lambda p: bool(candidates(p)))
+            if not candidates(num_params_dense):
+                raise RequestError(f"no {recipe.structure} of this shape has fewer parameters than the dense matrix")
+            least = bisect_left(range(num_params_dense), 1, key=lambda p: bool(candidates(p)))
             raise RequestError(
                 f"the budget leaves {max_params} parameters, the smallest {recipe.structure} has {least}"
             )
@@ -219,5 +236,5 @@ def _plan_layer(name: str, shape: tuple[int, int], recipe: Recipe, kept: float |
         raise RequestError(f"{name} ({out_features}×{in_features}): {error}") from error
     most = max(sizes.values())
     largest = [spec for spec in specs if sizes[spec] == most]
-    chosen = min(largest, key=lambda spec: structure.count_flops(out_features, in_features, spec))
+    chosen = min(largest, key=lambda spec: _count_flops(recipe.structure, out_features, in_features, spec))
     return LayerPlan(structure=recipe.structure, out_features=out_features, in_features=in_features, spec=chosen)

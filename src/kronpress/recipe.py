@@ -17,6 +17,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -126,20 +127,36 @@ class Recipe(_Section):
     healing: Healing = Field(default_factory=Healing)
     evaluation: Evaluation = Field(default_factory=Evaluation)
 
-    @model_validator(mode="after")
-    def _known_structure_and_sizes(self) -> Recipe:
-        if self.structure not in STRUCTURES:
-            raise unknown_name("structure", self.structure, STRUCTURES)
-        sizes = _free_sizes(self.structure)
-        for name in self.spec:
+    @model_validator(mode="before")
+    @classmethod
+    def _known_structure_and_sizes(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        structure = fields.get("structure", cls.model_fields["structure"].default)
+        if structure not in STRUCTURES:
+            raise unknown_name("structure", str(structure), STRUCTURES)
+        given = fields.get("spec", {})
+        if not isinstance(given, dict):
+            raise RequestError(f"recipe field spec: expected sizes of {structure} by name; given {given!r}")
+        sizes = _free_sizes(structure)
+        for name in given:
             if name not in sizes:
-                raise unknown_name(f"size of {self.structure}", name, sizes)
-        return self
+                raise unknown_name(f"size of {structure}", str(name), sizes)
+        return {**fields, "spec": {name: _checked_size(structure, name, value) for name, value in given.items()}}
 
     @property
     def has_fixed_sizes(self) -> bool:
         """Whether `spec` leaves nothing for a budget to choose."""
         return set(self.spec) == set(_free_sizes(self.structure))
+
+
+def _checked_size(structure: str, name: str, value: Any) -> Any:
+    """The value of one size as JSON has it, checked as the structure's Spec would."""
+    field = STRUCTURES[structure].Spec.model_fields[name]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    try:
+        return adapter.dump_python(adapter.validate_python(value), mode="json")
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise RequestError(f"recipe field spec.{name}: {reason}; given {value!r}") from error
 
 
 def _free_sizes(structure: str) -> list[str]:
@@ -221,7 +238,7 @@ def load_recipe(
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

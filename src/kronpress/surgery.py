@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from kronpress.layers import StructuredLinear
@@ -11,8 +12,15 @@ from kronpress.matrices import StructuredMatrix
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every dense linear layer (`nn.Linear`, and transformers' `Conv1D`) by its name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    """Every dense linear layer (`nn.Linear`, and transformers' `Conv1D`) by its name, in the model's order.
+
+    The output projection of `nn.MultiheadAttention` is none: the attention reads its weight without calling it.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    }
 
 
 def structured_layers(model: nn.Module) -> dict[str, StructuredLinear]:
@@ -32,14 +40,14 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight.mT if isinstance(layer, Conv1D) else weight  # type: ignore[return-value]
 
 
-def has_tied_weight(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether another module owns the same weight, as a tied head shares that of the embedding."""
-    return any(
-        parameter is layer.weight
-        for module in model.modules()
-        if module is not layer
-        for parameter in module.parameters(recurse=False)
-    )
+def is_shared(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether the layer stands in two places, or another module owns its weight (an embedding that of a tied head)."""
+    owners = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if any(parameter is layer.weight for parameter in module.parameters(recurse=False))
+    ]
+    return len(owners) > 1
 
 
 def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:

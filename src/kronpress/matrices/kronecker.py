@@ -120,9 +120,8 @@ class Kronecker(StructuredMatrix):
         Krony-PT does for `c_proj`.
         """
         if right_shape is None:
-            shapes = [(m2, n2) for m2 in divisors(out_features) for n2 in divisors(in_features)]
-            shapes.remove((1, 1))
-            shapes.remove((out_features, in_features))
+            everything = [(m2, n2) for m2 in divisors(out_features) for n2 in divisors(in_features)]
+            shapes = [shape for shape in everything if shape not in ((1, 1), (out_features, in_features))]
         else:
             m2, n2 = right_shape if out_features >= in_features else reversed(right_shape)
             for name, size, part in [("out_features", out_features, m2), ("in_features", in_features, n2)]:
@@ -134,15 +133,18 @@ class Kronecker(StructuredMatrix):
             shapes = [(m2, n2)]
         if num_terms is None and max_params is None:
             raise RequestError("a Kronecker sum needs num_terms or a budget to choose it by")
-        specs = []
+        specs, most_of_all = [], 0
         for m2, n2 in shapes:
             m1, n1 = out_features // m2, in_features // n2
-            most = min(m1 * n1, m2 * n2)
+            affordable = most_terms = min(m1 * n1, m2 * n2)
             if max_params is not None:
-                most = min(most, max_params // (m1 * n1 + m2 * n2))
-            k = most if num_terms is None else num_terms
-            if 1 <= k <= most:
+                affordable = min(most_terms, max_params // (m1 * n1 + m2 * n2))
+            k = affordable if num_terms is None else num_terms
+            if 1 <= k <= affordable:
                 specs.append(KroneckerSpec(left_shape=(m1, n1), right_shape=(m2, n2), num_terms=k))
+            most_of_all = max(most_of_all, most_terms)
+        if num_terms is not None and num_terms > most_of_all:
+            raise RequestError(f"num_terms {num_terms}: {most_of_all} already represent every matrix of this shape")
         return specs
 
 

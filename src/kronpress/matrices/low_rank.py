@@ -68,8 +68,10 @@ class LowRank(StructuredMatrix):
         """The one spec with `rank`, or with the largest rank that `max_params` holds."""
         if rank is None and max_params is None:
             raise RequestError("low rank needs a rank or a budget to choose it by")
-        affordable = min(out_features, in_features)
+        affordable = full_rank = min(out_features, in_features)
+        if rank is not None and rank > full_rank:
+            raise RequestError(f"rank {rank}: a matrix of this shape has at most {full_rank}")
         if max_params is not None:
-            affordable = min(affordable, max_params // (out_features + in_features))
+            affordable = min(full_rank, max_params // (out_features + in_features))
         chosen = affordable if rank is None else rank
         return [LowRankSpec(rank=chosen)] if 1 <= chosen <= affordable else []

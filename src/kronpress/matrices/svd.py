@@ -36,7 +36,7 @@ def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     # work than all of them.
     if size > 256 and rank <= size // 32:
         try:
-            _, vectors = eigsh(gram.cpu().numpy(), k=rank, v0=np.ones(size), tol=0)
+            _, vectors = eigsh(gram.cpu().numpy(), k=rank, v0=np.ones(size), tol=0, rng=0)
             return torch.from_numpy(vectors).flip(-1).to(gram)
         except ArpackError:  # no convergence, or a zero matrix
             pass

@@ -1,0 +1,1 @@
+"""Slow oracles, written differently from the package, that tests compare it with."""

@@ -1,0 +1,455 @@
+"""Healing minimises exactly the loss it names, repeatably, in one piece or in several, and touches only the student."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributions import Categorical, kl_divergence
+
+import kronpress as kp
+from kronpress.healing import HealingRow, distillation_loss, language_model_loss
+from kronpress.recipe import Healing
+
+CASES = tuple(itertools.product(("gpt2", "opt", "llama", "qwen2"), kp.matrices.STRUCTURES))
+DROPOUT = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
+# A stream with something to learn: each token follows from the one before.
+TOKENS = (7 * torch.arange(4096)) % 60 + 3
+
+
+def schedule(**changes: Any) -> Healing:
+    fields = {"max_steps": 6, "sequences_per_step": 4, "sequence_length": 16, "learning_rate": 3e-3}
+    return Healing(**{**fields, **changes})
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(actual: nn.Module, expected: dict[str, Tensor], **tolerance: float) -> None:
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(weights(actual), expected, **tolerance)
+
+
+def largest_change(model: nn.Module, before: dict[str, Tensor]) -> float:
+    return max((parameter - before[name]).abs().max().item() for name, parameter in weights(model).items())
+
+
+@torch.no_grad()
+def next_token_loss(model: nn.Module, ids: Tensor) -> float:
+    device = next(model.parameters()).device
+    logits = model.eval()(input_ids=ids.to(device)).logits[:, :-1].double().log_softmax(-1)
+    return -logits.gather(-1, ids[:, 1:, None].to(device)).mean().item()
+
+
+# ---- the two losses ----
+
+
+@st.composite
+def logit_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor, float]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(2, 40)))
+    student, teacher = (draw(st.sampled_from([0.1, 1.0, 8.0])) * torch.randn(shape, generator=generator) for _ in "st")
+    return student, teacher, draw(st.sampled_from([0.5, 1.0, 2.0, 7.3]))
+
+
+def reference_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    softened = [Categorical(logits=logits.double() / temperature) for logits in (teacher, student)]
+    return temperature**2 * kl_divergence(*softened).mean()
+
+
+@given(logit_pairs())
+@settings(max_examples=60, deadline=None)
+def test_distillation_equals_the_definition_in_float64(pair):
+    student, teacher, temperature = pair
+    loss = distillation_loss(student, teacher, temperature)
+    expected = reference_distillation(student, teacher, temperature)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    assert loss >= -1e-6
+
+
+@given(logit_pairs())
+@settings(max_examples=60, deadline=None)
+def test_distillation_is_exactly_zero_where_the_logits_agree(pair):
+    logits, _, temperature = pair
+    assert distillation_loss(logits, logits.clone(), temperature).item() == 0.0
+    assert distillation_loss(logits.bfloat16(), logits.bfloat16(), temperature).item() == 0.0
+
+
+@given(logit_pairs())
+@settings(max_examples=40, deadline=None)
+def test_the_gradient_of_distillation(pair):
+    student, teacher, temperature = pair
+    student.requires_grad_()
+    distillation_loss(student, teacher, temperature).backward()
+    # d/ds of T² KL(softmax(t/T) ‖ softmax(s/T)), by hand.
+    q, p = ((logits.detach().double() / temperature).softmax(-1) for logits in (student, teacher))
+    by_hand = temperature * (q - p) / q[..., 0].numel()
+    torch.testing.assert_close(student.grad.double(), by_hand, rtol=1e-4, atol=1e-6)
+
+    direction, step = torch.randn(student.shape, dtype=torch.float64), 1e-5
+    ahead, behind = (
+        reference_distillation(student.detach() + sign * step * direction, teacher, temperature) for sign in (1, -1)
+    )
+    slope = (student.grad * direction).sum()
+    torch.testing.assert_close((ahead - behind) / (2 * step), slope, rtol=1e-3, atol=1e-4)
+
+
+def test_the_gradient_of_distillation_keeps_its_size_at_high_temperature():
+    torch.manual_seed(0)
+    teacher = torch.randn(4, 10)
+    norms = []
+    for temperature in (50.0, 500.0):
+        student = torch.zeros(4, 10, requires_grad=True)
+        distillation_loss(student, teacher, temperature).backward()
+        norms.append(student.grad.norm().item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
+def test_distillation_is_forward_divergence_with_temperature_one_unless_told_otherwise():
+    teacher, student = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert distillation_loss(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_language_model_loss_by_hand():
+    logits = torch.tensor([[[math.log(3), 0.0], [0.0, 0.0]], [[0.0, math.log(7)], [0.0, 0.0]]])
+    targets = torch.tensor([[0, 1], [0, 1]])
+    expected = -(math.log(3 / 4) + math.log(1 / 2) + math.log(1 / 8) + math.log(1 / 2)) / 4
+    assert language_model_loss(logits, targets).item() == pytest.approx(expected, rel=1e-6)
+    rounded = logits.bfloat16()
+    assert language_model_loss(rounded, targets).item() == language_model_loss(rounded.float(), targets).item()
+
+
+# ---- what training does ----
+
+
+@pytest.mark.parametrize(("family", "structure"), CASES)
+@pytest.mark.parametrize(("language_model", "distillation"), [(1.0, 0.0), (0.0, 1.0)])
+def test_healing_lowers_the_loss(tiny_model, tiny_compressed, family, structure, language_model, distillation):
+    model, teacher = tiny_compressed(family, structure), tiny_model(family)
+    ids = TOKENS[:320].view(20, 16)
+    before, untrained = next_token_loss(model, ids), weights(model)
+    log = kp.heal_(
+        model,
+        teacher,
+        TOKENS,
+        schedule(max_steps=12, language_model_weight=language_model, distillation_weight=distillation),
+    )
+    assert log.rows[-1].loss < 0.95 * log.rows[0].loss
+    assert log.rows[0].distillation_nats > 0 or not distillation
+    if language_model:
+        assert next_token_loss(model, ids) < before
+    assert all(not torch.equal(tensor, untrained[name]) for name, tensor in weights(model).items())
+
+
+def test_each_row_is_the_weighted_sum_of_its_terms(tiny_model, tiny_compressed):
+    healing = schedule(
+        max_steps=8, language_model_weight=0.3, distillation_weight=2.0, temperature=3.0, sequences_per_pass=2
+    )
+    rows: list[HealingRow] = []
+    log = kp.heal_(tiny_compressed("llama", "low_rank"), tiny_model("llama"), TOKENS, healing, progress=rows.append)
+    assert log.rows == rows
+    assert (log.num_steps, log.tokens, log.resumed_at_step) == (8, 8 * 4 * 16, None)
+    assert [row.step for row in rows] == list(range(1, 9))
+    for row in rows:
+        assert row.loss == pytest.approx(0.3 * row.language_model_nats + 2 * row.distillation_nats, rel=1e-4)
+        assert (row.num_steps, row.tokens) == (8, row.step * 4 * 16)
+        assert row.tokens_per_second > 0
+    assert rows[-1].seconds_left == 0
+
+
+def test_the_first_row_is_the_loss_of_the_model_as_it_was(tiny_model, tiny_compressed):
+    model, teacher = tiny_compressed("qwen2", "kronecker"), tiny_model("qwen2")
+    ids = TOKENS[:64].view(4, 16)
+    expected = next_token_loss(model, ids)
+    with torch.no_grad():
+        logits = [each(input_ids=ids).logits[:, :-1] for each in (model, teacher)]
+        divergence = reference_distillation(*logits, 2.0).item()
+    log = kp.heal_(model, teacher, TOKENS[:64], schedule(max_steps=1, distillation_weight=1.0, temperature=2.0))
+    assert log.rows[0].language_model_nats == pytest.approx(expected, rel=1e-5)
+    assert log.rows[0].distillation_nats == pytest.approx(divergence, rel=1e-4)
+
+
+def test_a_long_run_is_reported_about_fifty_times(tiny_compressed):
+    log = kp.heal_(tiny_compressed("llama", "low_rank"), None, TOKENS, schedule(max_steps=130, sequences_per_step=1))
+    assert 40 <= len(log.rows) <= 70
+    assert log.rows[-1].step == 130
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_model, family):
+    model, teacher = tiny_model(family), tiny_model(family)
+    before, rate = weights(model), 1e-5
+    healing = schedule(learning_rate=rate, language_model_weight=0.0, distillation_weight=1.0, temperature=2.0)
+    log = kp.heal_(model, teacher, TOKENS, healing)
+    assert log.rows[0].loss == 0.0
+    assert log.rows[0].distillation_nats == 0.0
+    assert all(abs(row.loss) < 1e-6 for row in log.rows)
+    # Adam makes steps of up to the rate out of mere rounding.
+    assert largest_change(model, before) <= healing.num_steps * rate
+
+
+def test_dropout_is_off(tiny_model):
+    model, teacher, plain = tiny_model("gpt2", **DROPOUT), tiny_model("gpt2", **DROPOUT), tiny_model("gpt2")
+    model.train()
+    teacher.train()
+    log = kp.heal_(model, teacher, TOKENS, schedule(max_steps=1, language_model_weight=0.0, distillation_weight=1.0))
+    assert log.rows[0].distillation_nats == 0.0
+
+    model = tiny_model("gpt2", **DROPOUT).train()
+    expected = kp.heal_(plain, None, TOKENS, schedule())
+    assert [row.loss for row in kp.heal_(model, None, TOKENS, schedule()).rows] == [row.loss for row in expected.rows]
+    assert_same_weights(model, weights(plain))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_only_the_student_changes_and_modes_come_back(tiny_model, tiny_compressed, training):
+    model = tiny_compressed("gpt2", "low_rank").train(training)
+    teacher = tiny_model("gpt2").train(training)
+    before = weights(teacher)
+    kp.heal_(model, teacher, TOKENS, schedule(max_steps=2, distillation_weight=1.0))
+    assert model.training is training
+    assert teacher.training is training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
+    assert_same_weights(teacher, before)
+
+
+def test_nothing_is_printed_and_nothing_is_left_behind(tiny_compressed, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    kp.heal_(tiny_compressed("gpt2", "low_rank"), None, TOKENS, schedule(max_steps=2, save_steps=1))
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
+# ---- repeatability ----
+
+
+def test_the_seed_decides_the_order_and_nothing_else_does(tiny_model, tiny_compressed):
+    def healed(seed: int, disturbance: int) -> dict[str, Tensor]:
+        torch.manual_seed(disturbance)
+        model = tiny_compressed("llama", "kronecker")
+        kp.heal_(model, tiny_model("llama"), TOKENS, schedule(distillation_weight=1.0), seed=seed)
+        return weights(model)
+
+    first = healed(5, disturbance=1)
+    torch.testing.assert_close(healed(5, disturbance=2), first, rtol=0, atol=0)
+    other = healed(6, disturbance=1)
+    assert not all(torch.equal(other[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("num_tokens", [4096, 6 * 16], ids=["one epoch", "steps across epochs"])
+@pytest.mark.parametrize("per_pass", [1, 2])
+def test_passes_add_up_to_the_step(tiny_model, tiny_compressed, per_pass, num_tokens):
+    def healed(per_pass: int | None) -> tuple[list[float], nn.Module]:
+        model = tiny_compressed("llama", "low_rank")
+        healing = schedule(sequences_per_pass=per_pass, distillation_weight=1.0)
+        return [row.loss for row in kp.heal_(model, tiny_model("llama"), TOKENS[:num_tokens], healing).rows], model
+
+    in_one, in_one_model = healed(None)
+    in_several, in_several_model = healed(per_pass)
+    assert in_several == pytest.approx(in_one, rel=1e-3)
+    ids = TOKENS[:64].view(4, 16)
+    assert next_token_loss(in_several_model, ids) == pytest.approx(next_token_loss(in_one_model, ids), rel=1e-3)
+
+
+# ---- length and learning rate ----
+
+
+@given(
+    max_steps=st.none() | st.integers(0, 50),
+    num_tokens=st.none() | st.integers(1, 10_000),
+    per_step=st.integers(1, 9),
+    length=st.integers(1, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_steps_and_tokens_whichever_comes_first(max_steps, num_tokens, per_step, length):
+    healing = Healing(max_steps=max_steps, tokens=num_tokens, sequences_per_step=per_step, sequence_length=length)
+    if max_steps is None and num_tokens is None:
+        with pytest.raises(kp.RequestError, match=r"healing\.max_steps or healing\.tokens"):
+            _ = healing.num_steps
+        return
+    if max_steps is not None:
+        assert healing.num_steps <= max_steps
+    if num_tokens is not None:
+        assert healing.num_steps * per_step * length <= max(num_tokens, per_step * length)
+    longer_by_tokens = num_tokens is None or (healing.num_steps + 1) * per_step * length > num_tokens
+    assert healing.num_steps == max_steps or longer_by_tokens
+
+
+@pytest.mark.parametrize(("max_steps", "num_tokens", "steps"), [(3, 1000, 3), (9, 4 * 16 * 2 + 5, 2), (None, 1, 1)])
+def test_training_stops_at_the_first_limit(tiny_compressed, max_steps, num_tokens, steps):
+    log = kp.heal_(tiny_compressed("llama", "low_rank"), None, TOKENS, schedule(max_steps=max_steps, tokens=num_tokens))
+    assert log.num_steps == log.rows[-1].step == steps
+
+
+@pytest.mark.parametrize("num_tokens", [0, 4096])
+def test_no_steps_leave_the_model_as_it_was(tiny_model, tiny_compressed, num_tokens):
+    model = tiny_compressed("gpt2", "low_rank")
+    before = weights(model)
+    log = kp.heal_(model, tiny_model("gpt2"), TOKENS[:num_tokens], schedule(max_steps=0, distillation_weight=1.0))
+    assert (log.num_steps, log.tokens, log.rows) == (0, 0, [])
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize(("warmup", "final"), [(5, 0.1), (0, 0.0), (3, 1.0)])
+def test_the_rate_rises_linearly_and_falls_along_a_cosine(tiny_compressed, warmup, final):
+    steps, peak = 20, 2e-4
+    healing = schedule(max_steps=steps, learning_rate=peak, warmup_steps=warmup, final_learning_rate=final)
+    log = kp.heal_(tiny_compressed("llama", "low_rank"), None, TOKENS, healing)
+
+    def rate(done: int) -> float:
+        if done < warmup:
+            return peak * done / warmup
+        falling = (1 + math.cos(math.pi * (done - warmup) / (steps - warmup))) / 2
+        return peak * (final + (1 - final) * falling)
+
+    assert [row.learning_rate for row in log.rows] == pytest.approx([rate(done) for done in range(steps)], abs=1e-12)
+
+
+@pytest.mark.parametrize("rate", [1e-5, 4e-3])
+def test_the_first_step_of_adam_moves_by_the_rate(tiny_compressed, rate):
+    model = tiny_compressed("llama", "low_rank")
+    before = weights(model)
+    kp.heal_(model, None, TOKENS, schedule(max_steps=1, learning_rate=rate))
+    assert largest_change(model, before) == pytest.approx(rate, rel=0.02)
+
+
+def test_weight_decay_shrinks_matrices(tiny_compressed):
+    plain, decayed = tiny_compressed("llama", "low_rank"), tiny_compressed("llama", "low_rank")
+    kp.heal_(plain, None, TOKENS, schedule(learning_rate=1e-3))
+    kp.heal_(decayed, None, TOKENS, schedule(learning_rate=1e-3, weight_decay=50.0))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert decayed.get_parameter(name).norm() < 0.9 * plain.get_parameter(name).norm()
+
+
+# ---- refusals ----
+
+
+def test_requests_that_cannot_be_met_change_nothing(tiny_model, tiny_compressed):
+    model, teacher = tiny_compressed("gpt2", "low_rank"), tiny_model("gpt2")
+    before = weights(model)
+    distilled = schedule(distillation_weight=1.0)
+    for wanted, arguments in {
+        "no teacher": (None, TOKENS, distilled),
+        "vocabularies of 300 and 310": (tiny_model("gpt2", vocab_size=310), TOKENS, distilled),
+        "15 tokens of text are less than one sequence of 16": (teacher, TOKENS[:15], distilled),
+        "sequence_length 129: the model reads at most 128": (teacher, TOKENS, schedule(sequence_length=129)),
+        r"healing\.max_steps or healing\.tokens": (teacher, TOKENS, schedule(max_steps=None)),
+    }.items():
+        with pytest.raises(kp.RequestError, match=wanted):
+            kp.heal_(model, *arguments)
+    assert_same_weights(model, before)
+
+
+def test_language_modelling_needs_no_teacher_and_minds_no_other_vocabulary(tiny_model, tiny_compressed):
+    losses = [
+        [row.loss for row in kp.heal_(tiny_compressed("llama", "low_rank"), teacher, TOKENS, schedule()).rows]
+        for teacher in (None, tiny_model("gpt2", vocab_size=310))
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tiny_compressed):
+    model = tiny_compressed("gpt2", "low_rank")
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = math.nan
+    with pytest.raises(kp.WorkError, match=r"loss is nan at step 0.*lower rate"):
+        kp.heal_(model, None, TOKENS, schedule())
+
+
+# ---- resuming ----
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(step: int) -> Any:
+    def progress(row: HealingRow) -> None:
+        if row.step == step:
+            raise Interrupted
+
+    return progress
+
+
+@pytest.mark.parametrize("per_pass", [None, 1])
+def test_an_interrupted_training_goes_on_to_the_same_weights(tiny_model, tiny_compressed, tmp_path, per_pass):
+    healing = schedule(max_steps=8, save_steps=2, sequences_per_pass=per_pass, distillation_weight=1.0)
+    teacher = tiny_model("gpt2")
+    whole = tiny_compressed("gpt2", "kronecker")
+    expected = kp.heal_(whole, teacher, TOKENS, healing, seed=3, work_dir=tmp_path / "whole")
+
+    for step in (4, 7):
+        with pytest.raises(Interrupted):
+            kp.heal_(
+                tiny_compressed("gpt2", "kronecker"),
+                teacher,
+                TOKENS,
+                healing,
+                seed=3,
+                work_dir=tmp_path / "parts",
+                resume=True,
+                progress=interrupt_after(step),
+            )
+    resumed = tiny_compressed("gpt2", "kronecker")
+    log = kp.heal_(resumed, teacher, TOKENS, healing, seed=3, work_dir=tmp_path / "parts", resume=True)
+    assert (expected.resumed_at_step, log.resumed_at_step) == (None, 6)
+    assert [row.loss for row in log.rows] == [row.loss for row in expected.rows[6:]]
+    assert_same_weights(resumed, weights(whole))
+
+
+def test_resuming_what_never_began_begins(tiny_compressed, tmp_path):
+    plain, resumed = tiny_compressed("gpt2", "low_rank"), tiny_compressed("gpt2", "low_rank")
+    kp.heal_(plain, None, TOKENS, schedule())
+    for folder in (tmp_path / "missing", tmp_path):
+        log = kp.heal_(resumed, None, TOKENS, schedule(), work_dir=folder, resume=True)
+        assert log.resumed_at_step is None
+        assert_same_weights(resumed, weights(plain))
+        resumed = tiny_compressed("gpt2", "low_rank")
+
+
+def test_resuming_what_had_ended_gives_its_result(tiny_compressed, tmp_path):
+    healing = schedule(save_steps=2)
+    whole, resumed = tiny_compressed("gpt2", "low_rank"), tiny_compressed("gpt2", "low_rank")
+    kp.heal_(whole, None, TOKENS, healing, work_dir=tmp_path)
+    assert kp.heal_(resumed, None, TOKENS, healing, work_dir=tmp_path, resume=True).resumed_at_step == 6
+    assert_same_weights(resumed, weights(whole))
+
+
+def test_without_resume_training_starts_anew(tiny_compressed, tmp_path):
+    first, second = tiny_compressed("gpt2", "low_rank"), tiny_compressed("gpt2", "low_rank")
+    for model in (first, second):
+        log = kp.heal_(model, None, TOKENS, schedule(save_steps=2), work_dir=tmp_path)
+        assert log.resumed_at_step is None
+    assert_same_weights(second, weights(first))
+
+
+def test_a_training_checkpoint_cut_off_while_written_is_passed_over(tiny_compressed, tmp_path):
+    healing = schedule(save_steps=2)
+    whole, resumed = tiny_compressed("gpt2", "low_rank"), tiny_compressed("gpt2", "low_rank")
+    kp.heal_(whole, None, TOKENS, healing, work_dir=tmp_path)
+    cut_off: Path = tmp_path / "checkpoint-6"
+    for path in cut_off.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    (cut_off / "model.safetensors").write_bytes((cut_off / "model.safetensors").read_bytes()[:100])
+    log = kp.heal_(resumed, None, TOKENS, healing, work_dir=tmp_path, resume=True)
+    assert log.resumed_at_step == 4
+    assert_same_weights(resumed, weights(whole))
+
+
+def test_training_checkpoints_do_not_pile_up(tiny_compressed, tmp_path):
+    kp.heal_(tiny_compressed("gpt2", "low_rank"), None, TOKENS, schedule(save_steps=1), work_dir=tmp_path)
+    assert 1 <= len(list(tmp_path.glob("checkpoint-*"))) <= 2
+    shutil.rmtree(tmp_path)
+    kp.heal_(tiny_compressed("gpt2", "low_rank"), None, TOKENS, schedule(), work_dir=tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
