@@ -341,11 +341,13 @@ def test_another_recipe_cannot_go_on_with_this_ones_training(job, in_pieces, tmp
     assert_same_run(out, whole)
 
 
-def test_without_resume_an_interrupted_run_starts_anew(in_pieces, tmp_path):
+def test_an_interrupted_run_is_only_thrown_away_on_request(in_pieces, tmp_path):
     recipe, whole = in_pieces
     with pytest.raises(Interrupted):
         run(recipe, tmp_path / "run", messages=interrupt_after(5))
-    assert run(recipe, tmp_path / "run")["resumed_at_steps"] == []
+    with pytest.raises(kp.RequestError, match="--resume"):
+        run(recipe, tmp_path / "run")
+    assert run(recipe, tmp_path / "run", overwrite=True)["resumed_at_steps"] == []
     assert_same_run(tmp_path / "run", whole)
 
 

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -40,6 +41,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kronpress.errors import RequestError, WorkError
 from kronpress.families import GEOMETRIES
+from kronpress.layers import StructuredLinear
 from kronpress.planning import Plan
 from kronpress.recipe import POCKET
 from kronpress.surgery import linear_layers, replace_module_, structured_layer, structured_layers, to_dense_
@@ -73,9 +75,14 @@ class KronpressQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
         # Parsed here, not in the config, which transformers copies and serialises freely.
-        plan = Plan.model_validate(self.quantization_config.plan)  # type: ignore[attr-defined]
+        try:
+            plan = Plan.model_validate(self.quantization_config.plan)  # type: ignore[attr-defined]
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, problem["loc"]))
+            raise WorkError(f"the checkpoint's plan cannot be read at {place}: {problem['msg']}") from error
         layers = linear_layers(model)
-        stored = _stored_keys(checkpoint_files or [])
+        stored = _stored_shapes(checkpoint_files or [])
         for name, layer_plan in plan.layers.items():
             # A base model (AutoModel) names its modules without the prefix that the head's model gives them.
             local = name if name in layers else name.removeprefix(f"{model.base_model_prefix}.")
@@ -89,11 +96,10 @@ class KronpressQuantizer(HfQuantizer):
                 dtype=layer.weight.dtype,  # type: ignore[arg-type]
                 device="meta",
             )
-            missing = [f"{name}.{factor}" for factor in matrix.factors if f"{name}.{factor}" not in stored]
-            if stored and missing:
-                # transformers would only warn and go on with random values.
-                raise WorkError(f"the checkpoint is damaged: {missing[0]!r} is missing from its weights")
-            replace_module_(model, local, structured_layer(layer, matrix))
+            structured = structured_layer(layer, matrix)
+            if stored:
+                _check_stored(structured, {name, local}, stored)
+            replace_module_(model, local, structured)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -116,13 +122,25 @@ class KronpressQuantizer(HfQuantizer):
         return True
 
 
-def _stored_keys(checkpoint_files: list[str]) -> set[str]:
-    keys: set[str] = set()
+def _stored_shapes(checkpoint_files: list[str]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
     for path in checkpoint_files:
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
-                keys.update(file.keys())
-    return keys
+                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+    return shapes
+
+
+def _check_stored(layer: StructuredLinear, names: set[str], stored: dict[str, tuple[int, ...]]) -> None:
+    """Refuse what transformers would only warn of, going on with random values."""
+    for part, tensor in layer.named_parameters():
+        keys = [f"{name}.{part}" for name in names if f"{name}.{part}" in stored]
+        if not keys:
+            raise WorkError(f"the checkpoint is damaged: {max(names, key=len)}.{part} is missing from its weights")
+        if stored[keys[0]] != tuple(tensor.shape):
+            raise WorkError(
+                f"the checkpoint is damaged: {keys[0]} has shape {stored[keys[0]]}, its plan says {tuple(tensor.shape)}"
+            )
 
 
 def _treat_as_float_(model: nn.Module) -> None:
@@ -215,7 +233,7 @@ def load_model(name: str, revision: str | None = None) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     commit = getattr(model.config, "_commit_hash", None)
     stored_dtype = model.dtype
-    nn.Module.to(model, device=device, dtype=torch.float32)
+    cast_parameters_(model.to(device), torch.float32)  # type: ignore[arg-type]
     return LoadedModel(name, model, tokenizer, stored_dtype, commit)
 
 
@@ -268,12 +286,18 @@ def save_checkpoint(
         write_model(model, tokenizer, partial, dtype)
 
 
+def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters to `dtype`, in place; buffers, such as rotary frequencies, keep the precision they need."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def write_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, dtype: torch.dtype | None
 ) -> None:
     """Model and tokenizer as files of `folder`, for use inside `atomic_folder`."""
     if dtype is not None:
-        nn.Module.to(model, dtype=dtype)
+        cast_parameters_(model, dtype)
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -221,6 +221,17 @@ COMMANDS = [command.name or command.callback.__name__ for command in app.registe
 _UsageError: Any = typer.BadParameter.__base__
 
 
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the sentence for an error."""
+    if isinstance(error, _UsageError):
+        return 2, error.format_message()
+    if isinstance(error, RequestError):
+        return 2, str(error)
+    if isinstance(error, WorkError):
+        return 1, str(error)
+    return 1, f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code instead of raising."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -232,18 +243,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
             raise unknown_name("command", arguments[0], COMMANDS)
-        app(arguments or ["--help"], prog_name="kronpress", standalone_mode=False)
-        return 0
-    except _UsageError as error:
-        code, message = 2, error.format_message()
-    except (typer.Abort, KeyboardInterrupt):
-        code, message = 130, "interrupted"
-    except RequestError as error:
-        code, message = 2, str(error)
+        if not app(arguments or ["--help"], prog_name="kronpress", standalone_mode=False):
+            return 0
+        code, message = 130, "interrupted"  # what typer makes of a keyboard interrupt
     except Exception as error:
-        known = isinstance(error, WorkError)
-        code, message = 1, str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
-    if debug:
-        traceback.print_exc()
+        code, message = _explain(error)
+        if debug:
+            traceback.print_exc()
     print(f"kronpress: error: {message}", file=sys.stderr)
     return code

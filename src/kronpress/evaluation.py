@@ -106,7 +106,12 @@ def evaluate(
     if len(ids) < 2:
         raise RequestError(f"the text has {len(ids)} tokens: at least 2 are needed to predict one from another")
 
-    nll_sum = _nll_sum(model, torch.tensor(ids), window, stride)
+    was_training = model.training
+    model.eval()
+    try:
+        nll_sum = _nll_sum(model, torch.tensor(ids), window, stride)
+    finally:
+        model.train(was_training)
     if not math.isfinite(nll_sum):
         raise WorkError("the model's loss on the text is not finite: its weights or activations hold NaN or infinity")
     return EvaluationResult(
@@ -157,8 +162,6 @@ def scored_windows(num_ids: int, window: int, stride: int) -> Iterator[tuple[int
 
 @torch.no_grad()
 def _nll_sum(model: nn.Module, ids: Tensor, window: int, stride: int) -> float:
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     batch: list[tuple[int, int, int]] = []
     total = torch.zeros((), dtype=torch.float64)
@@ -179,5 +182,4 @@ def _nll_sum(model: nn.Module, ids: Tensor, window: int, stride: int) -> float:
             batch = []
         batch.append(one)
     total += score(batch)
-    model.train(was_training)
     return total.item()

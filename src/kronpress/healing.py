@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from kronpress.errors import RequestError, WorkError
 from kronpress.recipe import Healing
@@ -105,7 +105,6 @@ def heal_(
         sizes = model.config.vocab_size, teacher.config.vocab_size  # type: ignore[union-attr]
         if sizes[0] != sizes[1]:
             raise RequestError(f"student and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens")
-        teacher.eval().requires_grad_(False)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and healing.sequence_length > limit:
         raise RequestError(f"healing.sequence_length {healing.sequence_length}: the model reads at most {limit}")
@@ -115,9 +114,13 @@ def heal_(
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if work_dir is None else str(work_dir)
-        # Reporting starts with the checkpoint, not with step 0, so that a resumed run shows true speeds.
-        checkpoint = get_last_checkpoint(folder) if resume and Path(folder).is_dir() else None
-        resumed_at = None if checkpoint is None else int(checkpoint.rpartition("-")[2])
+        checkpoint = newest_checkpoint(Path(folder)) if resume else None
+        resumed_at = None if checkpoint is None else checkpoint_step(checkpoint)
+        if checkpoint is not None and resumed_at == num_steps:
+            # Trainer would train one step more.
+            load_safetensors(model, checkpoint / "model.safetensors")
+            tokens = num_steps * healing.sequences_per_step * healing.sequence_length
+            return HealingLog(num_steps=num_steps, tokens=tokens, seconds=0.0, resumed_at_step=resumed_at, rows=[])
         trainer = _HealingTrainer(
             model=model,
             args=_training_arguments(healing, num_steps, seed, folder),
@@ -128,9 +131,11 @@ def heal_(
         trainer.remove_callback(PrinterCallback)  # it writes to standard output
         reporter = _Reporter(trainer, healing, progress)
         trainer.add_callback(reporter)
-        was_training, started = model.training, time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        model.train(was_training)
+        modes = [(each, each.training) for each in (model, teacher) if each is not None]
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        for each, training in modes:
+            each.train(training)
     return HealingLog(
         num_steps=num_steps,
         tokens=num_steps * healing.sequences_per_step * healing.sequence_length,
@@ -138,6 +143,17 @@ def heal_(
         resumed_at_step=resumed_at,
         rows=reporter.rows,
     )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The training checkpoint with the most steps that was written to its end; None if there is none."""
+    # Trainer writes its state last.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _training_arguments(healing: Healing, num_steps: int, seed: int, folder: str) -> TrainingArguments:
@@ -191,12 +207,14 @@ class _HealingTrainer(Trainer):
         self.terms: list[tuple[float, float]] = []
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        model.eval()  # no dropout: the student is to agree with the teacher, not to be regularised
+        # No dropout: the student is to agree with the teacher, not to be regularised.
+        model.eval()
         ids = inputs["input_ids"]
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         language_model = language_model_loss(logits, ids[:, 1:])
         distillation = logits.new_zeros(())
         if self.healing.distillation_weight > 0:
+            self.teacher.eval()  # type: ignore[union-attr]
             with torch.no_grad():
                 teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits[:, :-1]  # type: ignore[misc]
             distillation = distillation_loss(logits, teacher_logits, self.healing.temperature)

@@ -17,14 +17,21 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from kronpress.checkpoint import LoadedModel, atomic_folder, check_writable, load_model, write_model
+from kronpress.checkpoint import (
+    LoadedModel,
+    atomic_folder,
+    cast_parameters_,
+    check_writable,
+    load_model,
+    write_model,
+)
 from kronpress.compression import LayerReport, compress_
 from kronpress.errors import RequestError
 from kronpress.evaluation import evaluate
-from kronpress.healing import HealingLog, HealingRow, heal_
+from kronpress.healing import HealingLog, HealingRow, checkpoint_step, heal_, newest_checkpoint
 from kronpress.planning import Plan, make_plan
 from kronpress.recipe import Budget, Evaluation, Recipe, dump_recipe
 from kronpress.tokens import load_running_text, load_train_tokens
@@ -101,6 +108,8 @@ def run(
     continues = resume and work.exists()
     if not continues:
         check_writable(out, overwrite)
+        if newest_checkpoint(work) is not None and not overwrite:
+            raise RequestError(f"{out} was begun and interrupted: --resume goes on with it, --overwrite starts anew")
         shutil.rmtree(work, ignore_errors=True)
     messages.stage(f"loading {recipe.model}")
     teacher = load_model(recipe.model, recipe.revision)
@@ -116,6 +125,7 @@ def run(
         **_measure(teacher.model, teacher.tokenizer, texts, recipe.evaluation),
     }
     with _training_folder(work, recipe):
+        resumed_at_steps = _note_resumption(work)
         main = _carry_out(recipe, plan, teacher, tokens, texts, messages, work=work, resume=resume)
     others = []
     for rival in rivals or []:
@@ -143,7 +153,7 @@ def run(
         "rows": [dense_row, *main.rows, *(row for other in others for row in other.rows)],
         **main.to_json(),
         "rivals": [other.to_json() for other in others],
-        "resumed_at_steps": _note_resumption(work, main.healing.resumed_at_step),
+        "resumed_at_steps": resumed_at_steps,
         "seconds": time.monotonic() - started,
     }
     # An interrupted run that is continued was allowed to replace what is in `out` when it began.
@@ -173,7 +183,9 @@ def _carry_out(
     model = copy.deepcopy(teacher.model)
     messages.stage(f"compressing by {recipe.name}")
     layers = compress_(model, plan)
-    round_to_(model, teacher.dtype)
+    # What is measured is what will be stored: weights rounded to the checkpoint's dtype.
+    cast_parameters_(model, teacher.dtype)
+    cast_parameters_(model, torch.float32)
     sizes = _sizes(plan.num_params, plan.bytes, plan.flops_per_token)
 
     def row(name: str, stage: str) -> dict[str, Any]:
@@ -194,7 +206,8 @@ def _carry_out(
         progress=messages.healing,
     )
     if healing.num_steps:
-        round_to_(model, teacher.dtype)
+        cast_parameters_(model, teacher.dtype)
+        cast_parameters_(model, torch.float32)
         rows.append(row(f"{recipe.name}, healed", "healed"))
     return Outcome(recipe, plan, layers, model, rows, healing)
 
@@ -214,12 +227,13 @@ def _training_folder(work: Path, recipe: Recipe) -> Iterator[None]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _note_resumption(work: Path, step: int | None) -> list[int]:
+def _note_resumption(work: Path) -> list[int]:
     """The steps at which this run was resumed so far, this time included."""
     note = work / "resumed_at_steps.json"
     steps = json.loads(note.read_text()) if note.is_file() else []
-    if step is not None:
-        steps.append(step)
+    checkpoint = newest_checkpoint(work)
+    if checkpoint is not None:
+        steps.append(checkpoint_step(checkpoint))
         note.write_text(json.dumps(steps))
     return steps
 
@@ -253,11 +267,6 @@ def _measure(
     return {"metrics": metrics, "continuation": continue_text(model, tokenizer, PROMPT)}
 
 
-def round_to_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the weights to `dtype` while they stay in float32: what is measured is then what will be stored."""
-    nn.Module.to(nn.Module.to(model, dtype=dtype), dtype=torch.float32)
-
-
 def _sizes(num_params: int, num_bytes: int, flops_per_token: int) -> dict[str, int]:
     return {"num_params": num_params, "bytes": num_bytes, "flops_per_token": flops_per_token}
 
@@ -266,10 +275,13 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     """The prompt and what the model makes of it: sampled among the 40 likeliest tokens, always from one seed."""
     model.eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    room = getattr(model.config, "max_position_embeddings", 10**9) - inputs["input_ids"].shape[1]
+    if room < 1:
+        return prompt
     torch.manual_seed(0)
     ids = model.generate(  # type: ignore[operator]
         **inputs,
-        max_new_tokens=CONTINUATION_TOKENS,
+        max_new_tokens=min(CONTINUATION_TOKENS, room),
         do_sample=True,
         top_k=40,
         pad_token_id=tokenizer.eos_token_id,

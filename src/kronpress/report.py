@@ -13,29 +13,35 @@ from kronpress.planning import Plan
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """One row for each measured model, dense first."""
-    sets = list(results["rows"][0]["metrics"])
-    protocol = results["rows"][0]["metrics"][sets[0]]
+    """One row for each measured model, dense first; one section for each test text."""
+    sets = results["rows"][0]["metrics"]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), caption_justify="left")
     table.add_column("model")
-    table.add_column("parameters", justify="right")
-    table.add_column("MB", justify="right")
+    for title in ("parameters", "MB", "perplexity", "bits/byte"):
+        table.add_column(title, justify="right")
     for name in sets:
-        title = "" if len(sets) == 1 else f"{name}\n"
-        table.add_column(f"{title}perplexity", justify="right")
-        table.add_column(f"{title}bits/byte", justify="right")
-    for row in results["rows"]:
-        measured = [
-            figure
-            for name in sets
-            for figure in (f"{row['metrics'][name]['perplexity']:.2f}", f"{row['metrics'][name]['bits_per_byte']:.4f}")
-        ]
-        table.add_row(row["name"], f"{row['num_params']:,}", f"{row['bytes'] / 1e6:.2f}", *measured)
-    table.caption = (
-        f"test text: {', '.join(sets)}; protocol {protocol['protocol']}: window {protocol['window']}, "
-        f"stride {protocol['stride']}, BOS {'yes' if protocol['bos'] else 'no'}, {protocol['num_tokens']:,} tokens"
-    )
+        if len(sets) > 1:
+            table.add_section()
+            table.add_row(f"on {name}")
+        for row in results["rows"]:
+            figures = row["metrics"][name]
+            table.add_row(
+                row["name"],
+                f"{row['num_params']:,}",
+                f"{row['bytes'] / 1e6:.2f}",
+                f"{figures['perplexity']:.2f}",
+                f"{figures['bits_per_byte']:.4f}",
+            )
+    table.caption = "\n".join(f"{name}: {_protocol(figures)}" for name, figures in sets.items())
     return table
+
+
+def _protocol(figures: dict[str, Any]) -> str:
+    bos = ", BOS" if figures["bos"] else ""
+    return (
+        f"protocol {figures['protocol']}, window {figures['window']}, stride {figures['stride']}{bos}; "
+        f"{figures['num_tokens']:,} tokens"
+    )
 
 
 def plan_tables(plan: Plan) -> list[Table]:

@@ -82,8 +82,13 @@ def _read_file(path: Path) -> Iterable[str]:
         return _read_txt(path)
     if path.suffix not in SUFFIXES:
         raise RequestError(f"data {str(path)!r}: the suffix must be one of {', '.join(SUFFIXES)}")
-    rows = Dataset.from_json(str(path)) if path.suffix == ".jsonl" else Dataset.from_parquet(str(path))
-    return _column(rows, str(path))
+    try:
+        rows = Dataset.from_json(str(path)) if path.suffix == ".jsonl" else Dataset.from_parquet(str(path))
+        return list(_column(rows, str(path)))
+    except RequestError:
+        raise
+    except Exception as error:  # datasets, pyarrow and json raise classes of their own
+        raise WorkError(f"data {str(path)!r} is damaged or no {path.suffix} file: {_first_line(error)}") from error
 
 
 def _read_txt(path: Path) -> list[str]:
@@ -93,8 +98,13 @@ def _read_txt(path: Path) -> list[str]:
         raise WorkError(
             f"data {str(path)!r} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
         ) from error
-    documents = f"\n{text}\n".split(f"\n{DOCUMENT_END}\n")
-    return [document.removeprefix("\n").removesuffix("\n") for document in documents]
+    documents: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line == DOCUMENT_END:
+            documents.append([])
+        else:
+            documents[-1].append(line)
+    return ["\n".join(lines) for lines in documents]
 
 
 def _load_hub(name: str, hub_set: HubSet, split: Split) -> Text:
@@ -114,7 +124,13 @@ def _load_hub(name: str, hub_set: HubSet, split: Split) -> Text:
 def _column(rows: Dataset | IterableDataset, name: str) -> Iterable[str]:
     if TEXT_COLUMN not in (rows.column_names or [TEXT_COLUMN]):
         raise RequestError(f"data {name!r} has no column {TEXT_COLUMN!r}; it has {', '.join(rows.column_names)}")
-    return (row[TEXT_COLUMN] for row in rows)
+    return (_checked_text(row[TEXT_COLUMN], number, name) for number, row in enumerate(rows))
+
+
+def _checked_text(value: object, number: int, name: str) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"data {name!r}: row {number} of column {TEXT_COLUMN!r} is {value!r}, not text")
+    return value
 
 
 def _first_line(error: Exception) -> str:
