@@ -357,11 +357,15 @@ def test_missing_parents_are_made_and_an_empty_folder_is_used(tiny_compressed, t
         assert (out / "model.safetensors").is_file()
 
 
-def test_the_current_folder_is_an_output_folder_like_any_other(tiny_compressed, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    kp.save_checkpoint(tiny_compressed("gpt2", "low_rank"), None, Path())
-    assert (tmp_path / "here" / "model.safetensors").is_file()
+@pytest.mark.parametrize("out", [".", "..", "../../here"])
+def test_the_current_folder_and_what_holds_it_are_never_replaced(tiny_compressed, tmp_path, monkeypatch, out):
+    here = tmp_path / "here" / "here"
+    here.mkdir(parents=True)
+    (tmp_path / "here" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(here)
+    with pytest.raises(kp.RequestError, match="current folder"):
+        kp.save_checkpoint(tiny_compressed("gpt2", "low_rank"), None, Path(out), overwrite=True)
+    assert (tmp_path / "here" / "notes.txt").read_text() == "mine"
 
 
 # ---- checkpoints that cannot be loaded ----
@@ -477,3 +481,15 @@ def test_a_bare_geometry_gives_way_to_a_folder_of_that_name(tiny_model, tmp_path
 def test_a_compressed_checkpoint_cannot_be_planned_again(checkpoint, tiny_recipe):
     with pytest.raises(kp.RequestError, match=r"compressed.*already"):
         kp.make_plan(load_config(str(checkpoint)), tiny_recipe("low_rank"))
+
+
+def test_a_missing_dense_tensor_is_refused_too(tiny_model, save_tiny_checkpoint, tmp_path):
+    folder = save_tiny_checkpoint(tiny_model("gpt2"), tmp_path / "dense")
+    edit_weights(folder, lambda tensors: tensors.pop("transformer.h.0.attn.c_attn.weight"))
+    with pytest.raises(kp.WorkError, match=r"transformer\.h\.0\.attn\.c_attn\.weight"):
+        kp.load_model(str(folder))
+
+
+def test_weights_of_nothing_are_refused(checkpoint):
+    edit_weights(checkpoint, lambda tensors: tensors.clear())
+    assert_refused(checkpoint, "missing")

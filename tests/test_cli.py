@@ -417,17 +417,20 @@ WRONG_REQUESTS: dict[str, tuple[str, list[str]]] = {
     "no such text": ("eval {compressed} --data {folder}/none.txt", ["none.txt", "no such file"]),
     "text of another format": ("eval {compressed} --data {recipe}", ["recipe.yaml", ".jsonl"]),
     "exporting what is dense": ("export {dense} --out {out}", ["dense already"]),
-    "healing without an end": (
-        "heal {compressed} --teacher {dense} --data {text} --out {out}",
-        ["healing.max_steps", "healing.tokens"],
+    "a setting that heal does not use": (
+        "heal {compressed} --teacher {dense} --data {text} --out {out} --set targets=mlp",
+        ["targets=mlp", "healing.*"],
     ),
+    "output is the current folder": ("compress {dense} --recipe {recipe} --out . --overwrite", ["current folder"]),
+    "output inside a file": ("compress {dense} --recipe {recipe} --out {text}/out", ["text.txt", "is a file"]),
+    "target for later": ("plan gpt2 --recipe {recipe} --set targets=embedding", ["'embedding'", "mlp"]),
     "healing on too little text": (
         "heal {compressed} --teacher {dense} --data {recipe}.txt --out {out} --set healing.max_steps=1 "
         "--set healing.sequence_length=128",
         ["one sequence of 128"],
     ),
     "sequences longer than the model": (
-        "heal {compressed} --teacher {dense} --data {text} --out {out} --set healing.max_steps=1",
+        "heal {compressed} --teacher {dense} --data {text} --out {out} --set healing.sequence_length=1024",
         ["1024", "128"],
     ),
 }

@@ -72,7 +72,8 @@ def test_distillation_equals_the_definition_in_float64(pair):
     student, teacher, temperature = pair
     loss = distillation_loss(student, teacher, temperature)
     expected = reference_distillation(student, teacher, temperature)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    # The factor T² multiplies the rounding of float32 as well.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5 * max(1.0, temperature**2 / 4))
     assert loss >= -1e-6
 
 
@@ -145,7 +146,7 @@ def test_healing_lowers_the_loss(tiny_model, tiny_compressed, family, structure,
         schedule(max_steps=12, language_model_weight=language_model, distillation_weight=distillation),
     )
     assert log.rows[-1].loss < 0.95 * log.rows[0].loss
-    assert log.rows[0].distillation_nats > 0 or not distillation
+    assert log.rows[0].distillation_nats > 0 if distillation else log.rows[0].distillation_nats is None
     if language_model:
         assert next_token_loss(model, ids) < before
     assert all(not torch.equal(tensor, untrained[name]) for name, tensor in weights(model).items())
@@ -453,3 +454,16 @@ def test_training_checkpoints_do_not_pile_up(tiny_compressed, tmp_path):
     shutil.rmtree(tmp_path)
     kp.heal_(tiny_compressed("gpt2", "low_rank"), None, TOKENS, schedule(), work_dir=tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_healing_leaves_the_configuration_and_forward_as_they_were(tiny_compressed):
+    model = tiny_compressed("gpt2", "kronecker")
+    before = model.config.use_cache
+    kp.heal_(model, None, TOKENS, schedule(max_steps=2))
+    assert model.config.use_cache is before is True
+    assert "forward" not in vars(model)
+
+
+def test_tokens_are_those_that_were_read(tiny_compressed):
+    log = kp.heal_(tiny_compressed("gpt2", "kronecker"), None, TOKENS[: 3 * 16], schedule(max_steps=4))
+    assert log.tokens == log.rows[-1].tokens == 4 * 3 * 16

@@ -276,10 +276,26 @@ def test_sizes_are_fixed_when_none_is_left_for_a_budget() -> None:
     assert not Recipe(spec={"right_shape": [1, 2]}).has_fixed_sizes
     assert not Recipe(spec={"num_terms": 1}).has_fixed_sizes
     assert not Recipe(structure="low_rank").has_fixed_sizes
-    assert not Budget().is_set
-    assert all(Budget(**{name: 1}).is_set for name in Budget.model_fields)
 
 
 def test_unknown_names_far_from_all_others_get_the_list_alone() -> None:
     assert str(unknown_name("recipe", "zzz", ["a", "b"])) == "unknown recipe 'zzz': Allowed: a, b"
     assert str(unknown_name("x", "ab", iter(["abc", "q"]))) == "unknown x 'ab': did you mean 'abc'? Allowed: abc, q"
+
+
+def test_tokens_set_by_hand_replace_the_pocket_steps() -> None:
+    for source, changes in [("low-rank", ["healing.tokens=1e6"]), ({"healing": {"tokens": 10**6}}, [])]:
+        assert load_recipe(source, changes, "pocket").healing.num_steps == 10**6 // (8 * 256)
+    both = load_recipe("low-rank", ["healing.tokens=1e6", "healing.max_steps=3"], "pocket")
+    assert both.healing.num_steps == 3
+
+
+def test_a_field_of_several_types_is_named_without_the_type() -> None:
+    with pytest.raises(RequestError, match=r"^recipe field targets: "):
+        load_recipe("low-rank", ["targets=5"])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_no_recipe_puts_a_whole_step_in_memory_at_once(name: str) -> None:
+    healing = load_recipe(name).healing
+    assert (healing.sequences_per_pass or healing.sequences_per_step) * healing.sequence_length <= 8192

@@ -75,7 +75,7 @@ def test_every_format_gives_the_same_documents(tmp_path, suffix, split):
     text = load_text(name, split)
     assert (text.name, text.revision) == (name, None)
     assert list(text.documents) == DOCUMENTS
-    assert list(kp.load_running_text(name, split).documents) == ["\n".join(DOCUMENTS)]
+    assert list(kp.load_running_text(name, split).documents) == ["\n\n".join(DOCUMENTS)]
 
 
 @pytest.mark.parametrize("suffix", tokens.SUFFIXES)

@@ -83,9 +83,13 @@ class KronpressQuantizer(HfQuantizer):
             raise WorkError(f"the checkpoint's plan cannot be read at {place}: {problem['msg']}") from error
         layers = linear_layers(model)
         stored = _stored_shapes(checkpoint_files or [])
+        # Some architectures rename their keys on saving; then only the check after loading is left.
+        prefix = f"{model.base_model_prefix}."
+        names = [*plan.layers, *(name.removeprefix(prefix) for name in plan.layers)]
+        by_name = any(key.startswith(f"{name}.") for name in names for key in stored)
         for name, layer_plan in plan.layers.items():
             # A base model (AutoModel) names its modules without the prefix that the head's model gives them.
-            local = name if name in layers else name.removeprefix(f"{model.base_model_prefix}.")
+            local = name if name in layers else name.removeprefix(prefix)
             if local not in layers:
                 raise WorkError(f"the checkpoint's plan names {name!r}, which {type(model).__name__} does not have")
             layer = layers[local]
@@ -97,12 +101,16 @@ class KronpressQuantizer(HfQuantizer):
                 device="meta",
             )
             structured = structured_layer(layer, matrix)
-            if stored:
+            if by_name:
                 _check_stored(structured, {name, local}, stored)
             replace_module_(model, local, structured)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for name, layer in structured_layers(model).items():
+            for part, tensor in layer.named_parameters():
+                if not getattr(tensor, "_is_hf_initialized", False):
+                    raise WorkError(f"the checkpoint is damaged: {name}.{part} is missing from its weights")
         _treat_as_float_(model)
         return model
 
@@ -115,10 +123,6 @@ class KronpressQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
         return True
 
 
@@ -216,7 +220,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         geometry = dict(GEOMETRIES[name])
         return AutoConfig.for_model(geometry.pop("model_type"), **geometry)
     with _loading(name):
-        return AutoConfig.from_pretrained(model_path(name), revision=revision)
+        return AutoConfig.from_pretrained(model_path(name), revision=revision, trust_remote_code=False)
 
 
 def load_model(name: str, revision: str | None = None) -> LoadedModel:
@@ -229,8 +233,17 @@ def load_model(name: str, revision: str | None = None) -> LoadedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = model_path(name)
     with _loading(name):
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
+        model, info = loaded
+        if info["missing_keys"]:
+            # transformers has filled them with random values.
+            raise WorkError(
+                f"model {name!r} is damaged or of another architecture: {len(info['missing_keys'])} tensors are "
+                f"missing, such as {min(info['missing_keys'])}"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     commit = getattr(model.config, "_commit_hash", None)
     stored_dtype = model.dtype
     cast_parameters_(model.to(device), torch.float32)  # type: ignore[arg-type]
@@ -246,7 +259,7 @@ def _loading(name: str) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise WorkError(f"model {name!r}: its weights are damaged: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever transformers, the Hub and a wrong config.json make of it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if Path(name).exists() or name == POCKET:
             raise WorkError(f"model {name!r} could not be loaded: {reason}") from error
@@ -304,9 +317,14 @@ def write_model(
 
 
 def check_writable(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, before any work is done."""
-    if out.is_file():
-        raise RequestError(f"output folder {str(out)!r} is a file")
+    """Refuse an output folder that cannot be written or holds something, before any work is done."""
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise RequestError(f"output folder {str(out)!r} is or holds the current folder: it cannot be replaced")
+    existing = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    if not existing.is_dir():
+        raise RequestError(f"output folder {str(out)!r}: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RequestError(f"output folder {str(out)!r}: {str(existing)!r} is not writable")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise RequestError(f"output folder {str(out)!r} is not empty: choose another, or pass --overwrite")
 
@@ -314,7 +332,7 @@ def check_writable(out: Path, overwrite: bool) -> None:
 @contextmanager
 def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into that takes the name `out` only when the block ends without an error."""
-    out = out.absolute()  # `.` has no name to write a neighbour of
+    out = out.resolve()
     check_writable(out, overwrite)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     earlier = out.with_name(f".{out.name}.earlier-{os.getpid()}")
@@ -325,7 +343,7 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             out.rename(earlier)
         try:
             partial.rename(out)
-        except OSError:
+        except BaseException:
             if earlier.exists():
                 earlier.rename(out)
             raise

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from kronpress.errors import RequestError, WorkError, unknown_name
 
 PROTOCOLS = ("window",)
-# Logits of one forward pass, in numbers: bounds memory, whatever the vocabulary.
+# Windows are batched while the logits of one forward pass stay within so many numbers.
 _MAX_LOGITS = 2**25
+# The default window of models with very long contexts, whose logits would not fit in memory.
+LONGEST_DEFAULT_WINDOW = 2048
 
 
 class EvaluationResult(BaseModel):
@@ -75,7 +77,7 @@ def evaluate(
     scored on those tokens that no earlier window was scored on; the mean weighs every token the same.
 
     Args:
-        window: tokens of context; the model's own limit if None.
+        window: tokens of context; if None, the model's own limit, at most 2048.
         stride: tokens from one window to the next; `window` if None, so that windows do not overlap.
         bos: put the tokenizer's beginning-of-sequence token before the text, so that the first token is scored
             as well; if None, whenever the tokenizer has one.
@@ -95,14 +97,13 @@ def evaluate(
     if bos and tokenizer.bos_token_id is None:
         raise RequestError("bos is asked for, and the tokenizer has no beginning-of-sequence token")
 
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=not bos, verbose=False)
-    ids = encoded["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     check_vocabulary(model, tokenizer)
     num_bytes = len(text.encode())
     if bos:
         ids = [tokenizer.bos_token_id, *ids]
     elif ids:
-        num_bytes -= len(text[: encoded["offset_mapping"][0][1]].encode())
+        num_bytes -= len(str(tokenizer.decode(ids[:1])).encode())
     if len(ids) < 2:
         raise RequestError(f"the text has {len(ids)} tokens: at least 2 are needed to predict one from another")
 
@@ -125,19 +126,36 @@ def evaluate(
     )
 
 
+def longest_context(model: nn.Module) -> int | None:
+    """Positions that the model's configuration allows; None if it names no limit."""
+    return _text_setting(model, "max_position_embeddings")
+
+
+def num_embeddings(model: nn.Module) -> int | None:
+    """Token ids that the model knows; None if it has no configuration."""
+    return _text_setting(model, "vocab_size")
+
+
+def _text_setting(model: nn.Module, name: str) -> int | None:
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        config = config.get_text_config()  # of a model for text and images, say
+    return getattr(config, name, None)
+
+
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """RequestError if the tokenizer knows tokens that the model has no embedding for."""
-    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    vocab_size = num_embeddings(model)
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise RequestError(f"the tokenizer has {len(tokenizer)} tokens and the model {vocab_size}: they do not fit")
 
 
 def _checked_window(model: nn.Module, window: int | None) -> int:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = longest_context(model)
     if window is None:
         if limit is None:
             raise RequestError("the model's configuration names no longest context: give a window")
-        return limit
+        return min(limit, LONGEST_DEFAULT_WINDOW)
     if window < 1 or (limit is not None and window > limit):
         raise RequestError(f"window {window}: must be between 1 and the model's {limit or 'longest context'}")
     return window
@@ -165,7 +183,7 @@ def _nll_sum(model: nn.Module, ids: Tensor, window: int, stride: int) -> float:
     device = next(model.parameters()).device
     batch: list[tuple[int, int, int]] = []
     total = torch.zeros((), dtype=torch.float64)
-    batch_size = max(1, _MAX_LOGITS // (window * getattr(model.config, "vocab_size", 2**16)))  # type: ignore[union-attr]
+    batch_size = max(1, _MAX_LOGITS // (window * (num_embeddings(model) or 2**16)))
 
     def score(batch: list[tuple[int, int, int]]) -> Tensor:
         inputs = torch.stack([ids[first:end] for first, end, _ in batch]).to(device)

@@ -87,6 +87,10 @@ def target_patterns(targets: str | list[str], model_type: str | None) -> list[st
         raise RequestError(f"targets is empty: give {', '.join(TARGETS)}, or regular expressions over module names")
     patterns = []
     for target in [targets] if isinstance(targets, str) else targets:
+        if target in ("embedding", "all"):
+            raise RequestError(
+                f"target {target!r}: embeddings are not compressed yet; allowed are {', '.join(TARGETS)}"
+            )
         if target in TARGETS:
             if model_type not in FAMILIES:
                 raise RequestError(

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from kronpress.errors import RequestError, WorkError
+from kronpress.evaluation import longest_context, num_embeddings
 from kronpress.recipe import Healing
 from kronpress.tokens import pack
 
@@ -33,7 +35,7 @@ class HealingRow(BaseModel):
     tokens: int
     loss: float
     language_model_nats: float
-    distillation_nats: float
+    distillation_nats: float | None  # None if the teacher was not asked
     learning_rate: float
     tokens_per_second: float
     seconds_left: float
@@ -102,10 +104,10 @@ def heal_(
     if healing.distillation_weight > 0:
         if teacher is None:
             raise RequestError("distillation_weight is not 0 and there is no teacher")
-        sizes = model.config.vocab_size, teacher.config.vocab_size  # type: ignore[union-attr]
+        sizes = num_embeddings(model), num_embeddings(teacher)
         if sizes[0] != sizes[1]:
             raise RequestError(f"student and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = longest_context(model)
     if limit is not None and healing.sequence_length > limit:
         raise RequestError(f"healing.sequence_length {healing.sequence_length}: the model reads at most {limit}")
     if num_steps == 0:
@@ -121,6 +123,7 @@ def heal_(
             load_safetensors(model, checkpoint / "model.safetensors")
             tokens = num_steps * healing.sequences_per_step * healing.sequence_length
             return HealingLog(num_steps=num_steps, tokens=tokens, seconds=0.0, resumed_at_step=resumed_at, rows=[])
+        use_cache = model.config.use_cache
         trainer = _HealingTrainer(
             model=model,
             args=_training_arguments(healing, num_steps, seed, folder),
@@ -129,16 +132,20 @@ def heal_(
             healing=healing,
         )
         trainer.remove_callback(PrinterCallback)  # it writes to standard output
-        reporter = _Reporter(trainer, healing, progress)
+        trainer.tokens_seen = (resumed_at or 0) * healing.sequences_per_step * healing.sequence_length
+        reporter = _Reporter(trainer, progress)
         trainer.add_callback(reporter)
         modes = [(each, each.training) for each in (model, teacher) if each is not None]
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         for each, training in modes:
             each.train(training)
+        # Trainer leaves both behind: mixed precision wrapped around the model's forward, and no cache in generate.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model.config.use_cache = use_cache
     return HealingLog(
         num_steps=num_steps,
-        tokens=num_steps * healing.sequences_per_step * healing.sequence_length,
+        tokens=trainer.tokens_seen,
         seconds=time.monotonic() - started,
         resumed_at_step=resumed_at,
         rows=reporter.rows,
@@ -167,7 +174,7 @@ def _training_arguments(healing: Healing, num_steps: int, seed: int, folder: str
         learning_rate=healing.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": healing.final_learning_rate},
-        warmup_steps=healing.warmup_steps,
+        warmup_steps=min(healing.warmup_steps, num_steps // 2),
         weight_decay=healing.weight_decay,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=not on_gpu,
@@ -204,7 +211,8 @@ class _HealingTrainer(Trainer):
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         # The loss below is a mean over the batch; Trainer then divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self.terms: list[tuple[float, float]] = []
+        self.terms: list[tuple[float, float | None]] = []
+        self.tokens_seen = 0
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         # No dropout: the student is to agree with the teacher, not to be regularised.
@@ -212,48 +220,47 @@ class _HealingTrainer(Trainer):
         ids = inputs["input_ids"]
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         language_model = language_model_loss(logits, ids[:, 1:])
-        distillation = logits.new_zeros(())
+        loss = self.healing.language_model_weight * language_model
+        distillation = None
         if self.healing.distillation_weight > 0:
             self.teacher.eval()  # type: ignore[union-attr]
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits[:, :-1]  # type: ignore[misc]
             distillation = distillation_loss(logits, teacher_logits, self.healing.temperature)
-        loss = self.healing.language_model_weight * language_model + self.healing.distillation_weight * distillation
+            loss = loss + self.healing.distillation_weight * distillation
         if not math.isfinite(loss.item()):
             raise WorkError(f"the healing loss is {loss.item()} at step {self.state.global_step}: try a lower rate")
-        self.terms.append((language_model.item(), distillation.item()))
+        self.terms.append((language_model.item(), None if distillation is None else distillation.item()))
+        self.tokens_seen += ids.numel()
         return loss
 
 
 class _Reporter(TrainerCallback):
     """Turns Trainer's log lines into HealingRows."""
 
-    def __init__(
-        self, trainer: _HealingTrainer, healing: Healing, progress: Callable[[HealingRow], None] | None
-    ) -> None:
+    def __init__(self, trainer: _HealingTrainer, progress: Callable[[HealingRow], None] | None) -> None:
         self.trainer, self.progress = trainer, progress
-        self.tokens_per_step = healing.sequences_per_step * healing.sequence_length
         self.rows: list[HealingRow] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.first_step, self.started = state.global_step, time.monotonic()
+        self.first_step, self.started, self.first_token = state.global_step, time.monotonic(), self.trainer.tokens_seen
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:
             return
-        seconds_per_step = (time.monotonic() - self.started) / (state.global_step - self.first_step)
-        terms = torch.tensor(self.trainer.terms, dtype=torch.float64).mean(0)
+        seconds = time.monotonic() - self.started
+        language_model, distillation = zip(*self.trainer.terms, strict=True)
         self.trainer.terms.clear()
         row = HealingRow(
             step=state.global_step,
             num_steps=state.max_steps,
-            tokens=state.global_step * self.tokens_per_step,
+            tokens=self.trainer.tokens_seen,
             loss=logs["loss"],
-            language_model_nats=terms[0].item(),
-            distillation_nats=terms[1].item(),
+            language_model_nats=fmean(language_model),
+            distillation_nats=None if distillation[0] is None else fmean(distillation),
             learning_rate=logs["learning_rate"],
-            tokens_per_second=self.tokens_per_step / seconds_per_step,
-            seconds_left=(state.max_steps - state.global_step) * seconds_per_step,
+            tokens_per_second=(self.trainer.tokens_seen - self.first_token) / seconds,
+            seconds_left=(state.max_steps - state.global_step) * seconds / (state.global_step - self.first_step),
         )
         self.rows.append(row)
         if self.progress is not None:

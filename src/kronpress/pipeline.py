@@ -6,7 +6,6 @@ import copy
 import json
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from kronpress.checkpoint import (
 )
 from kronpress.compression import LayerReport, compress_
 from kronpress.errors import RequestError
-from kronpress.evaluation import evaluate
+from kronpress.evaluation import evaluate, longest_context
 from kronpress.healing import HealingLog, HealingRow, checkpoint_step, heal_, newest_checkpoint
 from kronpress.planning import Plan, make_plan
 from kronpress.recipe import Budget, Evaluation, Recipe, dump_recipe
@@ -80,6 +79,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     messages: Messages = SILENT,
+    command: list[str] | None = None,
 ) -> dict[str, Any]:
     """Compress, heal and measure by `recipe`, and write the run directory `out`.
 
@@ -90,6 +90,7 @@ def run(
     Args:
         rivals: recipes to measure beside the main one, on the same model and data and with the same healing,
             each given the main one's parameter count as its budget; their results are kept, their models not.
+        command: the command line that asked for the run, kept in results.json.
         resume: continue an interrupted run; start one if there is none; leave a finished one as it is.
 
     Returns:
@@ -100,11 +101,14 @@ def run(
         WorkError: a step failed; training checkpoints are kept.
     """
     started = time.monotonic()
-    out = out.absolute()
+    out = out.resolve()
     work = out.with_name(f".{out.name}.healing")
     if resume and (out / "results.json").is_file() and not work.exists():
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        if results["recipe"] != recipe.model_dump(mode="json"):
+            raise RequestError(f"{out} is a finished run of another recipe: choose another folder, or --overwrite it")
         messages.stage(f"{out} is a finished run: nothing to do")
-        return json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return results
     continues = resume and work.exists()
     if not continues:
         check_writable(out, overwrite)
@@ -143,7 +147,7 @@ def run(
     packages = ("kronpress", "torch", "transformers", "accelerate", "datasets")
     results = {
         "format_version": RESULTS_FORMAT,
-        "command": ["kronpress", *sys.argv[1:]],
+        "command": command,
         "model": {"name": teacher.name, "revision": teacher.revision, "dtype": plan.dtype},
         "data": {name: revision for name, _, revision in texts},
         "versions": {**{name: version(name) for name in packages}, "python": platform.python_version()},
@@ -157,7 +161,8 @@ def run(
         "seconds": time.monotonic() - started,
     }
     # An interrupted run that is continued was allowed to replace what is in `out` when it began.
-    with atomic_folder(out, overwrite=overwrite or continues) as partial:
+    replaceable = overwrite or (continues and (out / "results.json").is_file())
+    with atomic_folder(out, overwrite=replaceable) as partial:
         (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         (partial / "plan.json").write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
         write_model(main.model, teacher.tokenizer, partial / "model", teacher.dtype)
@@ -261,7 +266,9 @@ def _measure(
     evaluation: Evaluation,
 ) -> dict[str, Any]:
     metrics = {
-        name: evaluate(model, tokenizer, text, window=evaluation.window, stride=evaluation.stride).to_json()
+        name: evaluate(
+            model, tokenizer, text, window=evaluation.window, stride=evaluation.stride, bos=evaluation.bos
+        ).to_json()
         for name, text, _ in texts
     }
     return {"metrics": metrics, "continuation": continue_text(model, tokenizer, PROMPT)}
@@ -275,12 +282,13 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     """The prompt and what the model makes of it: sampled among the 40 likeliest tokens, always from one seed."""
     model.eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    room = getattr(model.config, "max_position_embeddings", 10**9) - inputs["input_ids"].shape[1]
+    room = (longest_context(model) or 10**9) - inputs["input_ids"].shape[1]
     if room < 1:
         return prompt
     torch.manual_seed(0)
     ids = model.generate(  # type: ignore[operator]
-        **inputs,
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
         max_new_tokens=min(CONTINUATION_TOKENS, room),
         do_sample=True,
         top_k=40,

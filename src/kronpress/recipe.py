@@ -52,10 +52,6 @@ class Budget(_Section):
             raise ValueError(f"{' and '.join(given)} are both set: a budget is one number")
         return self
 
-    @property
-    def is_set(self) -> bool:
-        return any(value is not None for _, value in self)
-
 
 class Healing(_Section):
     """Training of the compressed model; it stops at `max_steps` or `tokens`, whichever comes first."""
@@ -72,7 +68,9 @@ class Healing(_Section):
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="rate at the end of the cosine, as a fraction of the peak"
     )
-    warmup_steps: NonNegativeInt = Field(0, description="steps of linear rise to the peak rate")
+    warmup_steps: NonNegativeInt = Field(
+        0, description="steps of linear rise to the peak rate, at most half of all steps"
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled decay of all matrices")
     language_model_weight: NonNegativeFloat = Field(1.0, description="weight of the next-token cross-entropy")
     distillation_weight: NonNegativeFloat = Field(0.0, description="weight of KL(teacher ‖ student) of the logits")
@@ -106,8 +104,11 @@ class Evaluation(_Section):
     """What the model is measured on, with the `window` protocol (see evaluation.py)."""
 
     data: str | list[str] = Field("wikitext2", description="built-in sets, Hub data set ids, or local files")
-    window: PositiveInt | None = Field(None, description="tokens of context; the model's own limit if unset")
+    window: PositiveInt | None = Field(
+        None, description="tokens of context; the model's own limit, at most 2048, if unset"
+    )
     stride: PositiveInt | None = Field(None, description="tokens scored in each window; the window if unset")
+    bos: bool | None = Field(None, description="begin with the tokenizer's BOS token; if unset, when it has one")
 
 
 class Recipe(_Section):
@@ -168,15 +169,15 @@ def _free_sizes(structure: str) -> list[str]:
 POCKET_DEFAULTS: dict[str, Any] = {
     "healing": {
         "data": "bundled",
-        "max_steps": 100,
+        "max_steps": 60,
         "tokens": None,
         "sequences_per_step": 8,
         "sequences_per_pass": None,
         "sequence_length": 256,
         "learning_rate": 1e-3,
-        "warmup_steps": 10,
+        "warmup_steps": 6,
     },
-    "evaluation": {"data": "bundled", "window": None, "stride": None},
+    "evaluation": {"data": "bundled", "window": None, "stride": None, "bos": None},
 }
 
 
@@ -192,13 +193,16 @@ def read_recipe(source: str | Path | dict[str, Any]) -> dict[str, Any]:
     if isinstance(source, str) and source in recipe_names():
         text = (RECIPES / f"{source}.yaml").read_text(encoding="utf-8")
     elif Path(source).is_file():
-        text = Path(source).read_text(encoding="utf-8")
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"recipe {str(source)!r} is not a text file") from error
     elif str(source).endswith((".yaml", ".yml")):
         raise RequestError(f"no recipe file {str(source)!r}")
     else:
         raise unknown_name("recipe", str(source), recipe_names())
     try:
-        fields = yaml.safe_load(text)
+        fields = yaml.load(text, Loader=_NumberLoader)
     except yaml.YAMLError as error:
         raise RequestError(f"recipe {str(source)!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
@@ -227,13 +231,21 @@ def load_recipe(
     if changes.get("model", fields.get("model")) == POCKET:
         # What a file or dictionary says was set by hand; what a built-in recipe says is meant for GPT-2.
         built_in = isinstance(source, str) and source in recipe_names()
+        by_hand = [changes] if built_in else [fields, changes]
         fields = _merge(fields, POCKET_DEFAULTS) if built_in else _merge(POCKET_DEFAULTS, fields)
+        if _set_by_hand("tokens", by_hand) and not _set_by_hand("max_steps", by_hand):
+            fields["healing"]["max_steps"] = None
     if "budget" in changes:
         fields = {**fields, "budget": {}}
     try:
         return Recipe.model_validate(_merge(fields, changes))
     except ValidationError as error:
         raise _explain(error) from error
+
+
+def _set_by_hand(name: str, layers: list[dict[str, Any]]) -> bool:
+    healing = [layer.get("healing") for layer in layers]
+    return any(isinstance(section, dict) and section.get(name) is not None for section in healing)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -280,7 +292,7 @@ _NumberLoader.add_implicit_resolver(
 def _explain(error: ValidationError) -> RequestError:
     """One sentence for the first thing that is wrong with a recipe."""
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
+    path = _field_path(first["loc"])
     if first["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in first["loc"][:-1]:
@@ -292,6 +304,19 @@ def _explain(error: ValidationError) -> RequestError:
     if isinstance(cause, ValueError):
         return RequestError(f"recipe field {path}: {cause}")
     return RequestError(f"recipe field {path}: {first['msg']}; given {first['input']!r}"[:600])
+
+
+def _field_path(location: tuple[int | str, ...]) -> str:
+    """The dotted name of a field; pydantic also names the alternatives of a union."""
+    section: Any = Recipe
+    names = []
+    for part in location:
+        names.append(str(part))
+        field = section.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        section = field.annotation
+    return ".".join(names)
 
 
 def _paths(section: type[BaseModel], prefix: tuple[Any, ...]) -> list[str]:

@@ -104,7 +104,9 @@ def evaluation_table(name: str, metrics: dict[str, dict[str, Any]]) -> Table:
 def healing_line(row: HealingRow) -> str:
     """One line of progress, under 80 columns."""
     left = f"{int(row.seconds_left) // 60}:{int(row.seconds_left) % 60:02d}"
-    terms = f"lm {row.language_model_nats:.3f}, kl {row.distillation_nats:.3f}"
+    terms = f"lm {row.language_model_nats:.3f}"
+    if row.distillation_nats is not None:
+        terms += f", kl {row.distillation_nats:.3f}"
     return (
         f"  step {row.step}/{row.num_steps}  {terms}  rate {row.learning_rate:.1e}  "
         f"{row.tokens_per_second:,.0f} tok/s  {left} left"

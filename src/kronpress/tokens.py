@@ -138,13 +138,13 @@ def _first_line(error: Exception) -> str:
 
 
 def load_running_text(name: str, split: Split) -> Text:
-    """Like `load_text`, with all documents as one: what a model is evaluated on.
+    """Like `load_text`, with all documents as one, two newlines between them: what a model is evaluated on.
 
     Raises:
         RequestError: there is no text in it.
     """
     text = load_text(name, split)
-    joined = "\n".join(text.documents)
+    joined = "\n\n".join(text.documents)
     if not joined.strip():
         raise RequestError(f"data {name!r} ({split}): there is no text in it")
     return replace(text, documents=[joined])
@@ -154,7 +154,7 @@ def load_train_tokens(tokenizer: PreTrainedTokenizerBase, data: str | list[str],
     """At least `num_tokens` token ids (num_tokens + some,) of the training splits in `data`, or all there are.
 
     Every document is followed by the tokenizer's end token, if it has one. Several sets follow one another.
-    Only as many documents are read as are needed.
+    Of a Hub set only as many documents are read as are needed.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     names = [data] if isinstance(data, str) else data
