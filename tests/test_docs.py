@@ -1,0 +1,65 @@
+"""Figures in the README come from committed results, and its commands and snippet work as written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kronpress import cli
+from kronpress.checkpoint import load_config
+from kronpress.planning import make_plan
+from kronpress.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_demo_table_is_that_of_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    assert results["command"] == ["kronpress", "demo", "--json"]
+    for row in results["rows"]:
+        (figures,) = row["metrics"].values()
+        assert (
+            f"| {row['name']} | {row['num_params']:,} | {row['bytes'] / 1e6:.2f} "
+            f"| {figures['perplexity']:.2f} | {figures['bits_per_byte']:.4f} |"
+        ) in README
+        assert f"({figures['num_tokens']:,} tokens" in README
+
+
+@pytest.mark.parametrize(
+    ("name", "total"), re.findall(r"^\| `(krony-[\w-]+)` \|.*\| ([\d,]+) \|$", README, re.MULTILINE)
+)
+def test_totals_are_those_of_the_plan(name, total):
+    assert f"{make_plan(load_config('gpt2'), load_recipe(name)).num_params:,}" == total
+
+
+def test_flops_of_krony_92m_4_are_as_said():
+    plan = make_plan(load_config("gpt2"), load_recipe("krony-92m-4"))
+    assert f"needs {plan.flops_per_token / plan.flops_per_token_dense:.2f} times as many" in README
+
+
+def test_commands_of_the_readme_work_one_after_the_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("The old man looked at the sea and said nothing. " * 200)
+    commands = [re.split(r"  +", line)[0] for line in README.splitlines() if line.startswith("kronpress ")]
+    assert len(commands) == 7
+    for command in commands:
+        words = [word.replace("MODEL", "pocket") for word in shlex.split(command)[1:]]
+        if words[0] == "heal":
+            words += ["--set", "healing.max_steps=1"]
+        if words[0] == "run":
+            words += ["--set", "healing.max_steps=1", "--set", "evaluation.data=text.txt"]
+        assert cli.main(words) == 0, (command, capsys.readouterr().err)
+
+
+def test_the_python_snippet_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "kp." in code]
+    names: dict[str, object] = {}
+    exec(snippet, names)
+    assert (tmp_path / "small" / "model.safetensors").is_file()
+    assert not hasattr(names["dense"], "hf_quantizer")
