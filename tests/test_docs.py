@@ -37,6 +37,14 @@ def test_totals_are_those_of_the_plan(name, total):
     assert f"{make_plan(load_config('gpt2'), load_recipe(name)).num_params:,}" == total
 
 
+def test_the_objectives_of_the_demo_are_those_of_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo_objective.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for figure in ("dense", "start", "language_model", "distillation"):
+        assert f"{results[f'{figure}_nats']:.3f}" in page
+    assert f"{results['steps']} steps" in page
+
+
 def test_flops_of_krony_92m_4_are_as_said():
     plan = make_plan(load_config("gpt2"), load_recipe("krony-92m-4"))
     assert f"needs {plan.flops_per_token / plan.flops_per_token_dense:.2f} times as many" in README
