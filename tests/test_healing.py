@@ -467,3 +467,14 @@ def test_healing_leaves_the_configuration_and_forward_as_they_were(tiny_compress
 def test_tokens_are_those_that_were_read(tiny_compressed):
     log = kp.heal_(tiny_compressed("gpt2", "kronecker"), None, TOKENS[: 3 * 16], schedule(max_steps=4))
     assert log.tokens == log.rows[-1].tokens == 4 * 3 * 16
+
+
+def test_a_healing_that_fails_leaves_them_too(tiny_compressed):
+    model = tiny_compressed("gpt2", "kronecker").train()
+    with torch.no_grad():
+        model.transformer.wpe.weight.fill_(torch.nan)
+    with pytest.raises(kp.WorkError, match="loss is nan"):
+        kp.heal_(model, None, TOKENS, schedule(max_steps=2))
+    assert model.training
+    assert model.config.use_cache is True
+    assert "forward" not in vars(model)

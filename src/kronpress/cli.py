@@ -134,7 +134,7 @@ def heal(
         if not any(change.startswith(("healing.max_steps=", "healing.tokens=")) for change in changes or []):
             healing["tokens"] = DEFAULT_HEALING_TOKENS
     resolved = load_recipe({"model": teacher, "healing": healing}, changes)
-    num_tokens = resolved.healing.num_steps * resolved.healing.sequences_per_step * resolved.healing.sequence_length
+    num_tokens = resolved.healing.num_steps * resolved.healing.tokens_per_step
     student, dense = load_model(str(directory)), load_model(teacher, resolved.revision)
     tokens = load_train_tokens(student.tokenizer, resolved.healing.data, num_tokens)
     log = heal_(student.model, dense.model, tokens, resolved.healing, seed=resolved.seed, progress=MESSAGES.healing)

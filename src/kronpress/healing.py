@@ -121,7 +121,7 @@ def heal_(
         if checkpoint is not None and resumed_at == num_steps:
             # Trainer would train one step more.
             load_safetensors(model, checkpoint / "model.safetensors")
-            tokens = num_steps * healing.sequences_per_step * healing.sequence_length
+            tokens = num_steps * healing.tokens_per_step
             return HealingLog(num_steps=num_steps, tokens=tokens, seconds=0.0, resumed_at_step=resumed_at, rows=[])
         use_cache = model.config.use_cache
         trainer = _HealingTrainer(
@@ -132,17 +132,19 @@ def heal_(
             healing=healing,
         )
         trainer.remove_callback(PrinterCallback)  # it writes to standard output
-        trainer.tokens_seen = (resumed_at or 0) * healing.sequences_per_step * healing.sequence_length
+        trainer.tokens_seen = (resumed_at or 0) * healing.tokens_per_step
         reporter = _Reporter(trainer, progress)
         trainer.add_callback(reporter)
         modes = [(each, each.training) for each in (model, teacher) if each is not None]
         started = time.monotonic()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        for each, training in modes:
-            each.train(training)
-        # Trainer leaves both behind: mixed precision wrapped around the model's forward, and no cache in generate.
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        model.config.use_cache = use_cache
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            for each, training in modes:
+                each.train(training)
+            # Trainer leaves behind mixed precision wrapped around the model's forward, and no cache in generate.
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            model.config.use_cache = use_cache
     return HealingLog(
         num_steps=num_steps,
         tokens=trainer.tokens_seen,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -32,7 +31,7 @@ from kronpress.errors import RequestError
 from kronpress.evaluation import evaluate, longest_context
 from kronpress.healing import HealingLog, HealingRow, checkpoint_step, heal_, newest_checkpoint
 from kronpress.planning import Plan, make_plan
-from kronpress.recipe import Budget, Evaluation, Recipe, dump_recipe
+from kronpress.recipe import Budget, Evaluation, Recipe, dump_recipe, load_recipe
 from kronpress.tokens import load_running_text, load_train_tokens
 
 RESULTS_FORMAT = 1
@@ -188,9 +187,7 @@ def _carry_out(
     model = copy.deepcopy(teacher.model)
     messages.stage(f"compressing by {recipe.name}")
     layers = compress_(model, plan)
-    # What is measured is what will be stored: weights rounded to the checkpoint's dtype.
-    cast_parameters_(model, teacher.dtype)
-    cast_parameters_(model, torch.float32)
+    _round_to_(model, teacher.dtype)
     sizes = _sizes(plan.num_params, plan.bytes, plan.flops_per_token)
 
     def row(name: str, stage: str) -> dict[str, Any]:
@@ -211,20 +208,25 @@ def _carry_out(
         progress=messages.healing,
     )
     if healing.num_steps:
-        cast_parameters_(model, teacher.dtype)
-        cast_parameters_(model, torch.float32)
+        _round_to_(model, teacher.dtype)
         rows.append(row(f"{recipe.name}, healed", "healed"))
     return Outcome(recipe, plan, layers, model, rows, healing)
+
+
+def _round_to_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the weights to the checkpoint's dtype: what is measured is what will be stored."""
+    cast_parameters_(model, dtype)
+    cast_parameters_(model, torch.float32)
 
 
 @contextmanager
 def _training_folder(work: Path, recipe: Recipe) -> Iterator[None]:
     """Mark `work` as this recipe's; whatever happens, it stays only if there is a training checkpoint in it."""
     note = work / "recipe.yaml"
-    if note.is_file() and yaml.safe_load(note.read_text(encoding="utf-8")) != recipe.model_dump(mode="json"):
-        raise RequestError(f"{work} holds an interrupted run of another recipe: run without --resume, or remove it")
+    if note.is_file() and load_recipe(note) != recipe:
+        raise RequestError(f"{work} holds an interrupted run of another recipe: --overwrite without --resume drops it")
     work.mkdir(parents=True, exist_ok=True)
-    note.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    note.write_text(dump_recipe(recipe), encoding="utf-8")
     try:
         yield
     finally:
@@ -248,8 +250,7 @@ def _train_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, messages: 
     if healing.num_steps == 0:
         return torch.empty(0, dtype=torch.int32)
     messages.stage(f"reading {healing.data}")
-    needed = healing.num_steps * healing.sequences_per_step * healing.sequence_length
-    return load_train_tokens(tokenizer, healing.data, needed)
+    return load_train_tokens(tokenizer, healing.data, healing.num_steps * healing.tokens_per_step)
 
 
 def _evaluation_texts(evaluation: Evaluation) -> list[tuple[str, str, str | None]]:

@@ -86,6 +86,10 @@ class Healing(_Section):
         return self
 
     @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.sequence_length
+
+    @property
     def num_steps(self) -> int:
         """Optimiser steps under both limits.
 
@@ -94,7 +98,7 @@ class Healing(_Section):
         """
         limits = [self.max_steps] if self.max_steps is not None else []
         if self.tokens is not None:
-            limits.append(max(1, self.tokens // (self.sequences_per_step * self.sequence_length)))
+            limits.append(max(1, self.tokens // self.tokens_per_step))
         if not limits:
             raise RequestError("healing has no end: set healing.max_steps or healing.tokens")
         return min(limits)
