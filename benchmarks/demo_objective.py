@@ -19,7 +19,7 @@ def main() -> None:
     teacher = kp.load_model("pocket")
     recipe = kp.load_recipe("krony-96m", [f"healing.max_steps={STEPS}"], "pocket")
     tokens = kp.load_train_tokens(teacher.tokenizer, recipe.healing.data, 10**9)
-    text = "".join(kp.load_running_text("bundled", "validation").documents)
+    text = kp.load_running_text("bundled", "validation").text
     start = copy.deepcopy(teacher.model)
     kp.compress_(start, kp.make_plan(start, recipe))
 

@@ -6,19 +6,21 @@ import errno
 import itertools
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import kronpress as kp
-from kronpress.checkpoint import FORMAT_VERSION, load_config
+from kronpress.checkpoint import CHECKSUM, FORMAT_VERSION, load_config, record_checksum_
 from kronpress.cli import main
 from kronpress.surgery import structured_layers
 
@@ -432,6 +434,70 @@ def test_a_plan_with_an_unknown_structure_is_refused_by_name(checkpoint):
 def test_a_file_that_is_not_there_or_not_readable_is_refused(checkpoint, name):
     (checkpoint / name).write_text("{ this is neither JSON nor weights")
     assert_refused(checkpoint, str(checkpoint))
+
+
+# ---- checksums ----
+
+
+def flip_bit(path: Path, place: int) -> None:
+    changed = bytearray(path.read_bytes())
+    changed[place] ^= 1
+    path.write_bytes(changed)
+
+
+@pytest.mark.parametrize("part", [b"transformer.wte", b"data", b'kronpress.sha256": "', b"the last byte"])
+def test_a_bit_that_flips_after_saving_is_seen(finished, part):
+    weights = finished[0] / "model.safetensors"
+    places = {b"data": weights.stat().st_size // 2, b"the last byte": -1}
+    place = places[part] if part in places else weights.read_bytes().index(part) + len(part)
+    if part == b"transformer.wte":
+        place -= 1  # into a name, not a quotation mark
+    flip_bit(weights, place)
+    assert_refused(finished[0], "model.safetensors has another SHA-256")
+
+
+def test_a_bit_that_flips_in_one_of_several_files_is_seen(tiny_compressed, tmp_path):
+    model = tiny_compressed("gpt2", "kronecker")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    for path in shards:
+        record_checksum_(path)
+    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+    flip_bit(shards[-1], -1)
+    with pytest.raises(kp.WorkError, match=rf"{shards[-1].name} has another SHA-256"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_weights_that_a_user_writes_over_ours_are_not_accused(finished):
+    loaded = kp.load_model(str(finished[0])).model
+    with torch.no_grad():
+        loaded.transformer.wte.weight += 1
+    loaded.save_pretrained(finished[0])
+    assert_same(logits_of(kp.load_model(str(finished[0])).model), logits_of(loaded))
+
+
+def test_a_checksum_leaves_the_tensors_and_their_place_as_they_were(finished, tiny_compressed, tmp_path):
+    tiny_compressed("gpt2", "low_rank").save_pretrained(tmp_path / "plain")
+    plain, ours = (load_file(folder / "model.safetensors") for folder in (tmp_path / "plain", finished[0]))
+    assert list(ours) == list(plain)
+    for name, tensor in plain.items():
+        assert_same(ours[name], tensor)
+    content = (finished[0] / "model.safetensors").read_bytes()
+    assert int.from_bytes(content[:8], "little") % 8 == 0  # tensors start where processors like to read them
+    with safe_open(finished[0] / "model.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+        assert re.fullmatch("[0-9a-f]{64}", file.metadata()[CHECKSUM])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.1.mlp.c_fc.right"])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_compressed, save_tiny_checkpoint, tmp_path, name, value):
+    model = tiny_compressed("gpt2", "kronecker")
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = value
+    with pytest.raises(kp.WorkError, match=f"'{name}' holds {'NaN' if value != value else 'infinity'}"):
+        kp.load_model(str(save_tiny_checkpoint(model, tmp_path)))
 
 
 # ---- load_model and load_config ----

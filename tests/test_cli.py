@@ -219,12 +219,27 @@ def test_eval_measures_as_the_library_does(shop, tmp_path):
     loaded = kp.load_model(str(shop.compressed))
     assert list(document["metrics"]) == list(names)
     for name in names:
-        (text,) = kp.load_running_text(name, "test").documents
+        text = kp.load_running_text(name, "test").text
         expected = kp.evaluate(loaded.model, loaded.tokenizer, text, window=32, stride=16).to_json()
         assert document["metrics"][name] == {**expected, "data_revision": None}
     printed = done(*given)
     for name in names:
-        assert f"{document['metrics'][name]['perplexity']:.3f}" in printed
+        assert f"{document['metrics'][name]['perplexity']:.2f}" in printed
+
+
+def test_eval_measures_passages_one_by_one_and_names_the_protocol(shop, tmp_path):
+    passages = ["The old man sat by its window", "He said nothing"]
+    path = tmp_path / "passages.jsonl"
+    path.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages))
+    given = "eval", shop.compressed, "--data", path, "--protocol", "lambada-last-word"
+    document = json.loads(done(*given, "--json"))
+    loaded = kp.load_model(str(shop.compressed))
+    expected = kp.evaluate(loaded.model, loaded.tokenizer, passages, "lambada-last-word").to_json()
+    assert document["metrics"] == {str(path): {**expected, "data_revision": None}}
+    assert document["tasks"] == {}
+    printed = done(*given)
+    assert "protocol lambada-last-word" in printed
+    assert f"{expected['accuracy']:.4f}" in printed
 
 
 def test_export_writes_an_ordinary_checkpoint(shop, tmp_path):
@@ -266,6 +281,19 @@ def test_run_tells_the_whole_story(shop, tmp_path):
 
     again = json.loads(done(*given, "--out", tmp_path / "run", "--overwrite", "--json"))
     assert again["rows"] == results["rows"]
+
+
+def test_a_recipe_chooses_the_protocol(shop, tmp_path):
+    options = set_options(model=shop.dense, healing__max_steps=0, evaluation__protocol="krony", evaluation__window=16)
+    ended = call("run", shop.recipe, *options, *shop.data, "--out", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    assert "protocol krony, window 16, stride 16" in ended.out
+    loaded = kp.load_model(str(shop.dense))
+    text = kp.load_running_text(str(shop.text), "test").text
+    expected = kp.evaluate(loaded.model, loaded.tokenizer, text, "krony", window=16).to_json()
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["rows"][0]["metrics"] == {str(shop.text): expected}
+    assert f"{expected['perplexity']:.2f}" in ended.out
 
 
 def test_commands_take_a_run_directory_for_its_checkpoint(shop, tmp_path):
@@ -412,6 +440,11 @@ WRONG_REQUESTS: dict[str, tuple[str, list[str]]] = {
     "one argument too many": ("recipes krony-81m krony-96m", ["krony-96m"]),
     "unknown format": ("export {compressed} --format onyx --out {out}", ["'onyx'", "dense"]),
     "unknown protocol": ("eval {compressed} --data {text} --protocol windw", ["'windw'", "window"]),
+    "protocol too long for the model": (
+        "eval {compressed} --data {text} --protocol krony",
+        ["krony", "1024", "128"],
+    ),
+    "how to measure no data": ("eval {compressed} --tasks some --window 8", ["--window", "--data"]),
     "window out of range": ("eval {compressed} --data {text} --window 129", ["129", "128"]),
     "stride out of range": ("eval {compressed} --data {text} --window 8 --stride 9", ["9", "8"]),
     "no such text": ("eval {compressed} --data {folder}/none.txt", ["none.txt", "no such file"]),
@@ -522,7 +555,7 @@ def test_weights_that_are_not_numbers_are_failed_work(shop, places, tiny_model, 
     save_tiny_checkpoint(model, tmp_path / "nan")
     ended = call(*places(f"compress {tmp_path / 'nan'} --recipe {{recipe}} --out {{out}}"))
     assert ended.code == 1
-    assert "'transformer.h.1.mlp.c_fc' holds NaN" in ended.err
+    assert "'transformer.h.1.mlp.c_fc.weight' holds NaN" in ended.err
     assert not list((tmp_path / "work").iterdir())
 
 

@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
 import kronpress as kp
-from kronpress.healing import HealingRow, distillation_loss, language_model_loss
+from kronpress.healing import HealingRow, distillation_loss, language_model_loss, learning_rates
 from kronpress.recipe import Healing
 
 CASES = tuple(itertools.product(("gpt2", "opt", "llama", "qwen2"), kp.matrices.STRUCTURES))
 DROPOUT = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
 # A stream with something to learn: each token follows from the one before.
 TOKENS = (7 * torch.arange(4096)) % 60 + 3
+TWO_PHASES = [
+    {"share": 0.5},
+    {"share": 0.5, "sequences_per_step": 8, "learning_rate": 1e-4, "final_learning_rate": 1.0},
+]
 
 
 def schedule(**changes: Any) -> Healing:
@@ -332,6 +336,130 @@ def test_weight_decay_shrinks_matrices(tiny_compressed):
     assert decayed.get_parameter(name).norm() < 0.9 * plain.get_parameter(name).norm()
 
 
+# ---- phases ----
+
+
+@given(
+    shares=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    sizes=st.lists(st.integers(1, 40), min_size=4, max_size=4),
+    max_steps=st.none() | st.integers(0, 500),
+    num_tokens=st.integers(1, 10**7),
+)
+@settings(max_examples=100, deadline=None)
+def test_phases_share_the_tokens_and_max_steps_counts_them_all(shares, sizes, max_steps, num_tokens):
+    phases = [
+        {"share": share / sum(shares), "sequences_per_step": size} for share, size in zip(shares, sizes, strict=False)
+    ]
+    healing = schedule(max_steps=max_steps, tokens=num_tokens, phases=phases)
+    steps = [part.max_steps for part in healing.parts]
+    per_step = [size * 16 for size, _ in zip(sizes, shares, strict=False)]
+    assert [part.tokens_per_step for part in healing.parts] == per_step
+    assert healing.num_steps == sum(steps) <= (10**9 if max_steps is None else max_steps)
+    assert healing.num_tokens == sum(map(math.prod, zip(steps, per_step, strict=True)))
+    # A whole step of the largest phase at most is lost to rounding, in each phase.
+    total = healing.num_tokens
+    for share, count, size in zip(shares, steps, per_step, strict=True):
+        assert abs(count * size - share / sum(shares) * total) <= 3 * max(per_step) * len(shares)
+    if max_steps is None:
+        assert abs(total - num_tokens) <= 2 * max(per_step) * len(shares)
+
+
+def test_the_rate_of_each_phase_by_hand():
+    healing = schedule(
+        max_steps=7,
+        sequences_per_step=2,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        phases=[
+            {"share": 0.4},
+            {"share": 0.6, "sequences_per_step": 4, "learning_rate": 1e-4, "final_learning_rate": 1, "warmup_steps": 0},
+        ],
+    )
+    assert [part.max_steps for part in healing.parts] == [4, 3]
+    expected = [0.0, *(1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 3)) / 2) for k in range(3)), *([1e-4] * 3)]
+    assert learning_rates(healing) == pytest.approx(expected)
+
+
+def test_a_second_phase_has_its_own_steps(tiny_compressed):
+    log = kp.heal_(tiny_compressed("llama", "low_rank"), None, TOKENS, schedule(phases=TWO_PHASES))
+    assert [row.tokens for row in log.rows] == [64, 128, 192, 256, 384, 512]
+    assert log.tokens == schedule(phases=TWO_PHASES).num_tokens == 512
+    assert log.rows[-1].learning_rate == 1e-4
+
+
+def test_phases_alike_are_one_phase(tiny_compressed):
+    models = [tiny_compressed("llama", "low_rank") for _ in range(2)]
+    for model, phases in zip(models, ([], [{"share": 0.5}, {"share": 0.5}]), strict=True):
+        kp.heal_(model, None, TOKENS, schedule(final_learning_rate=1.0, phases=phases))
+    assert_same_weights(models[0], weights(models[1]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"phases": [{"share": 0.5}, {"share": 0.4}]}, "add up to 0.9, not 1"),
+        ({"phases": [{"share": 1.0, "sequences_per_step": 5}], "sequences_per_pass": 2}, "2 does not divide 5"),
+    ],
+)
+def test_phases_that_do_not_fit_are_refused(changes, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        schedule(**changes)
+
+
+# ---- the start `adaptive` ----
+
+
+@pytest.fixture
+def adaptive_model(tiny_model):
+    """A compressed GPT-2 whose Kronecker sums of two terms have the start that is asked for."""
+
+    def build(start: str) -> nn.Module:
+        model = tiny_model("gpt2")
+        recipe = kp.Recipe(spec={"right_shape": (2, 2), "num_terms": 2}, fit={"start": start})
+        kp.compress_(model, kp.make_plan(model, recipe))
+        return model
+
+    return build
+
+
+def test_scalars_learn_beside_their_factors_and_leave_no_trace(adaptive_model, tmp_path):
+    rate, ids = 1e-3, TOKENS[:64].view(4, 16)
+    model, before = adaptive_model("adaptive"), weights(adaptive_model("adaptive"))
+    language_model_loss(model.eval()(input_ids=ids).logits[:, :-1], ids[:, 1:]).backward()
+    name = "transformer.h.0.mlp.c_fc"
+    weight, right = model.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.right")
+    # Adam's first step moves every number by the rate against its gradient.
+    scale = (weight.norm(dim=(0, 2)) / right.norm(dim=(0, 2))).detach()[:, None]
+    unscaled, gradient = weight.detach() / scale, weight.grad
+    assert scale.min() > 1
+    moved_scale = scale - rate * (gradient * unscaled).sum((0, 2)).sign()[:, None]
+    expected = (unscaled - rate * (gradient * scale).sign()) * moved_scale
+    model.zero_grad()
+
+    kp.heal_(model, None, ids.flatten(), schedule(max_steps=1, learning_rate=rate))
+    healed = model.get_parameter(f"{name}.weight")
+    clear = gradient.abs() > 1e-4  # where Adam's epsilon does not show
+    assert clear.float().mean() > 0.5
+    torch.testing.assert_close(healed.detach()[clear], expected[clear], rtol=0, atol=2e-6)
+    assert {key: value.shape for key, value in weights(model).items()} == {k: v.shape for k, v in before.items()}
+
+    model.save_pretrained(tmp_path)
+    loaded = kp.load_model(str(tmp_path)).model
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+    assert kp.heal_(loaded, None, TOKENS, schedule(max_steps=1)).num_steps == 1
+
+
+def test_scalars_are_folded_even_when_the_healing_fails(adaptive_model):
+    model = adaptive_model("adaptive")
+    with torch.no_grad():
+        model.transformer.wpe.weight.fill_(math.nan)
+    before = {name: value for name, value in weights(model).items() if "mlp" in name}
+    with pytest.raises(kp.WorkError, match="loss is nan"):
+        kp.heal_(model, None, TOKENS, schedule())
+    after = {name: value for name, value in weights(model).items() if "mlp" in name}
+    torch.testing.assert_close(after, before)
+
+
 # ---- refusals ----
 
 
@@ -382,17 +510,21 @@ def interrupt_after(step: int) -> Any:
     return progress
 
 
-@pytest.mark.parametrize("per_pass", [None, 1])
-def test_an_interrupted_training_goes_on_to_the_same_weights(tiny_model, tiny_compressed, tmp_path, per_pass):
-    healing = schedule(max_steps=8, save_steps=2, sequences_per_pass=per_pass, distillation_weight=1.0)
+@pytest.mark.parametrize(
+    ("start", "changes"),
+    [("van_loan", {}), ("van_loan", {"sequences_per_pass": 1}), ("adaptive", {}), ("van_loan", {"phases": TWO_PHASES})],
+    ids=["plain", "passes", "adaptive", "phases"],
+)
+def test_an_interrupted_training_goes_on_to_the_same_weights(tiny_model, adaptive_model, tmp_path, start, changes):
+    healing = schedule(max_steps=8, save_steps=2, distillation_weight=1.0, **changes)
     teacher = tiny_model("gpt2")
-    whole = tiny_compressed("gpt2", "kronecker")
+    whole = adaptive_model(start)
     expected = kp.heal_(whole, teacher, TOKENS, healing, seed=3, work_dir=tmp_path / "whole")
 
     for step in (4, 7):
         with pytest.raises(Interrupted):
             kp.heal_(
-                tiny_compressed("gpt2", "kronecker"),
+                adaptive_model(start),
                 teacher,
                 TOKENS,
                 healing,
@@ -401,7 +533,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tiny_model, tiny_co
                 resume=True,
                 progress=interrupt_after(step),
             )
-    resumed = tiny_compressed("gpt2", "kronecker")
+    resumed = adaptive_model(start)
     log = kp.heal_(resumed, teacher, TOKENS, healing, seed=3, work_dir=tmp_path / "parts", resume=True)
     assert (expected.resumed_at_step, log.resumed_at_step) == (None, 6)
     assert [row.loss for row in log.rows] == [row.loss for row in expected.rows[6:]]
@@ -424,6 +556,19 @@ def test_resuming_what_had_ended_gives_its_result(tiny_compressed, tmp_path):
     kp.heal_(whole, None, TOKENS, healing, work_dir=tmp_path)
     assert kp.heal_(resumed, None, TOKENS, healing, work_dir=tmp_path, resume=True).resumed_at_step == 6
     assert_same_weights(resumed, weights(whole))
+
+
+def test_weights_that_a_step_has_spoilt_push_no_good_checkpoint_out(tiny_compressed, tmp_path):
+    model = tiny_compressed("gpt2", "low_rank")
+
+    def spoil(row: HealingRow) -> None:
+        if row.step == 3:
+            with torch.no_grad():
+                model.transformer.wpe.weight[0, 0] = math.inf
+
+    with pytest.raises(kp.WorkError, match=r"wpe.weight' holds NaN or infinity after step 3.*of step 2 is kept"):
+        kp.heal_(model, None, TOKENS, schedule(save_steps=1), work_dir=tmp_path, progress=spoil)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_without_resume_training_starts_anew(tiny_compressed, tmp_path):
@@ -464,9 +609,9 @@ def test_healing_leaves_the_configuration_and_forward_as_they_were(tiny_compress
     assert "forward" not in vars(model)
 
 
-def test_tokens_are_those_that_were_read(tiny_compressed):
+def test_every_step_is_whole_however_little_text_there_is(tiny_compressed):
     log = kp.heal_(tiny_compressed("gpt2", "kronecker"), None, TOKENS[: 3 * 16], schedule(max_steps=4))
-    assert log.tokens == log.rows[-1].tokens == 4 * 3 * 16
+    assert log.tokens == log.rows[-1].tokens == 4 * 4 * 16
 
 
 def test_a_healing_that_fails_leaves_them_too(tiny_compressed):

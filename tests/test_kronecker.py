@@ -93,6 +93,68 @@ def test_fitted_terms_share_their_size_evenly(spec: KroneckerSpec, seed: int) ->
     torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-8)
 
 
+# ---- other starts ----
+
+
+@given(spec=specs(), seed=seeds)
+@laws
+def test_the_adaptive_start_is_the_nearest_sum_made_as_large_as_the_weight(spec: KroneckerSpec, seed: int) -> None:
+    weight = normal(seed, *shape_of(spec))
+    nearest = Kronecker.expand(Kronecker.fit(weight, spec))
+    factors = Kronecker.fit(weight, spec, options=Kronecker.Options(start="adaptive"))
+    torch.testing.assert_close(Kronecker.expand(factors), nearest * weight.norm() / nearest.norm())
+
+
+@given(spec=specs(), seed=seeds)
+@laws
+def test_the_scalars_of_the_adaptive_start_are_read_off_its_factors(spec: KroneckerSpec, seed: int) -> None:
+    weight, options = normal(seed, *shape_of(spec)), Kronecker.Options(start="adaptive")
+    factors = Kronecker.fit(weight, spec, options=options)
+    parametrization = Kronecker.healing_parametrization(factors, options)
+    alpha = weight.norm() / Kronecker.expand(Kronecker.fit(weight, spec)).norm()
+    [(name, scale)] = parametrization.named_parameters()
+    assert name == "scale"
+    torch.testing.assert_close(scale.data, alpha.expand(spec.num_terms))
+    unscaled = parametrization.right_inverse(factors["weight"])
+    torch.testing.assert_close(unscaled.square().sum((0, 2)), factors["right"].square().sum((0, 2)))
+    torch.testing.assert_close(parametrization(unscaled), factors["weight"])
+
+
+def test_nothing_but_the_adaptive_start_is_parametrized() -> None:
+    factors = normal_factors(0, KRONY_96M)
+    assert Kronecker.healing_parametrization(factors, Kronecker.Options()) is None
+    assert Kronecker.healing_parametrization(factors, Kronecker.Options(start="prune")) is None
+
+
+def test_the_adaptive_start_of_a_zero_weight_is_zero() -> None:
+    options = Kronecker.Options(start="adaptive")
+    factors = Kronecker.fit(torch.zeros(48, 12), KRONY_96M, options=options)
+    assert Kronecker.expand(factors).eq(0).all()
+    assert Kronecker.healing_parametrization(factors, options).scale.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("given_factor", "small"), [(None, 0.1), (0.0, 0.0), (-0.5, -0.5)])
+def test_pruning_keeps_every_second_column_or_row(given_factor: float | None, small: float) -> None:
+    options = Kronecker.Options(start="prune", prune_small_factor=given_factor)
+    up = normal(0, 48, 12)
+    kept = torch.kron(up[:, ::2], torch.tensor([[1.0, small]], dtype=torch.float64))
+    torch.testing.assert_close(Kronecker.expand(Kronecker.fit(up, KRONY_96M, options=options)), kept)
+    down = Kronecker.expand(Kronecker.fit(up.mT, KRONY_96M_DOWN, options=options))
+    torch.testing.assert_close(down, kept.mT)
+
+
+@pytest.mark.parametrize("spec_name", ["KRONY_80M", "KRONY_81M_DOWN", "two terms"])
+def test_pruning_needs_one_term_with_a_pair(spec_name: str) -> None:
+    spec = KRONY_96M.model_copy(update={"num_terms": 2}) if spec_name == "two terms" else globals()[spec_name]
+    with pytest.raises(RequestError, match="it needs one term with 1×2 or 2×1"):
+        Kronecker.fit(normal(0, *shape_of(spec)), spec, options=Kronecker.Options(start="prune"))
+
+
+def test_a_small_factor_without_pruning_is_refused() -> None:
+    with pytest.raises(ValueError, match="start is adaptive, not prune"):
+        Kronecker.Options(start="adaptive", prune_small_factor=0.1)
+
+
 # ---- multiplying ----
 
 RIGHT_FIRST = Kronecker.Spec(left_shape=(8, 2), right_shape=(2, 8), num_terms=3)

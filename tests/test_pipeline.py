@@ -71,10 +71,7 @@ def read_results(out: Path) -> dict[str, Any]:
 
 def measure(model: torch.nn.Module, tokenizer: Any, recipe: kp.Recipe) -> dict[str, Any]:
     texts = [recipe.evaluation.data] if isinstance(recipe.evaluation.data, str) else recipe.evaluation.data
-    return {
-        name: kp.evaluate(model, tokenizer, "".join(kp.load_running_text(name, "test").documents)).to_json()
-        for name in texts
-    }
+    return {name: kp.evaluate(model, tokenizer, kp.load_running_text(name, "test").text).to_json() for name in texts}
 
 
 def assert_same_metrics(actual: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -92,11 +89,15 @@ def assert_same_metrics(actual: dict[str, Any], expected: dict[str, Any]) -> Non
     scope="module", params=[("gpt2", torch.float32), ("gpt2", torch.float16), ("llama", torch.bfloat16)], ids=str
 )
 def finished(request, job, tmp_path_factory) -> tuple[kp.Recipe, Path, dict[str, Any]]:
-    """The recipe, the run directory and what `run` returned; low rank and a low rank of MLPs only as rivals."""
-    recipe = job(*request.param)
+    """The recipe, the run directory and what `run` returned; with low rank, one of MLPs only, and dense rivals."""
+    folder = tmp_path_factory.mktemp("rivals")
+    for name, changes in [("low-rank", {}), ("mlp-only", {"targets": "mlp"})]:
+        text = dump_recipe(job(*request.param, structure="low_rank", name=name, **changes))
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    rivals = [*map(str, sorted(folder.iterdir())), "dense", "blocks", "8-bit", "4-bit"]
+    recipe = job(*request.param, rivals=rivals)
     out = tmp_path_factory.mktemp("finished") / "run"
-    rivals = [job(*request.param, structure="low_rank"), job(*request.param, structure="low_rank", targets="mlp")]
-    return recipe, out, run(recipe, out, rivals=rivals)
+    return recipe, out, run(recipe, out)
 
 
 def test_a_run_directory_holds_everything_and_nothing_hidden_stays(finished):
@@ -122,10 +123,15 @@ def test_rows_are_dense_then_main_then_rivals(finished):
         ("dense", "dense"),
         ("tiny-kronecker", "compressed"),
         ("tiny-kronecker, healed", "healed"),
-        ("tiny-low-rank", "compressed"),
-        ("tiny-low-rank, healed", "healed"),
-        ("tiny-low-rank", "compressed"),
-        ("tiny-low-rank, healed", "healed"),
+        ("low-rank", "compressed"),
+        ("low-rank, healed", "healed"),
+        ("mlp-only", "compressed"),
+        ("mlp-only, healed", "healed"),
+        ("dense, trained further", "healed"),
+        ("1 of 2 blocks", "compressed"),
+        ("1 of 2 blocks, healed", "healed"),
+        ("dense, 8-bit", "compressed"),
+        ("dense, 4-bit", "compressed"),
     ]
     assert all(row["continuation"].startswith(results["prompt"]) for row in results["rows"])
 
@@ -168,7 +174,7 @@ def test_sizes_are_those_of_the_files(finished):
 def test_rivals_have_at_most_the_main_ones_parameters_and_its_training(finished):
     _, _, results = finished
     main = results["plan"]["num_params"]
-    for rival, row in zip(results["rivals"], results["rows"][4::2], strict=True):
+    for rival, row in zip(results["rivals"][:2], results["rows"][4:8:2], strict=True):
         assert 0.8 * main < rival["plan"]["num_params"] <= main
         assert row["num_params"] == rival["plan"]["num_params"]
         for field in ("healing", "evaluation", "seed", "model"):
@@ -209,13 +215,33 @@ def test_a_run_without_healing(job, tmp_path):
     assert_same_metrics(results["rows"][1]["metrics"], measure(loaded.model, loaded.tokenizer, recipe))
 
 
-def test_rivals_are_healed_by_distillation_too(job, tmp_path):
+def test_rivals_are_healed_by_distillation_too_but_the_dense_model_by_the_text(job, tmp_path):
     healing = {"max_steps": 2, "distillation_weight": 1.0, "language_model_weight": 0.0}
-    results = run(job(healing=healing), tmp_path / "run", rivals=[job(structure="low_rank")])
-    assert [row["stage"] for row in results["rows"]] == ["dense", *["compressed", "healed"] * 2]
-    assert all(
-        log["rows"][-1]["distillation_nats"] > 0 for log in (results["healing"], results["rivals"][0]["healing"])
-    )
+    results = run(job(healing=healing, rivals=["low-rank", "dense"]), tmp_path / "run")
+    stages = ["dense", "compressed", "healed", "compressed", "healed", "healed"]
+    assert [row["stage"] for row in results["rows"]] == stages
+    low_rank, dense = (rival["healing"]["rows"][-1] for rival in results["rivals"])
+    assert low_rank["loss"] == pytest.approx(low_rank["distillation_nats"])
+    assert (dense["loss"], dense["distillation_nats"]) == (pytest.approx(dense["language_model_nats"]), None)
+    assert results["rows"][-1]["metrics"] != results["rows"][0]["metrics"]
+
+
+def test_a_rival_of_free_sizes_has_the_same_targets(job, tmp_path):
+    recipe = job(healing={"max_steps": 0}, targets="attention", rivals=["low-rank"])
+    results = run(recipe, tmp_path / "run")
+    assert results["rivals"][0]["plan"]["layers"].keys() == results["plan"]["layers"].keys()
+
+
+@pytest.mark.parametrize(
+    ("rival", "message"),
+    [("block", "unknown rival 'block': did you mean 'blocks'"), ("krony-67m", "does not divide out_features")],
+)
+def test_a_rival_that_cannot_be_is_refused_before_any_work(job, tmp_path, rival, message):
+    stages: list[str] = []
+    with pytest.raises(kp.RequestError, match=message):
+        run(job(rivals=[rival]), tmp_path / "run", messages=Messages(stages.append, lambda _: None))
+    assert not any("measuring" in stage for stage in stages)
+    assert siblings(tmp_path / "run") == set()
 
 
 def test_several_test_texts_have_a_column_each(job, tmp_path):

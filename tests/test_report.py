@@ -11,9 +11,17 @@ from rich.table import Table
 
 import kronpress as kp
 from kronpress.checkpoint import load_config
+from kronpress.evaluation import PROTOCOLS
 from kronpress.healing import HealingRow
 from kronpress.recipe import recipe_names
-from kronpress.report import evaluation_table, healing_line, layers_table, plan_tables, results_table
+from kronpress.report import (
+    evaluation_tables,
+    healing_line,
+    layers_table,
+    plan_tables,
+    results_table,
+    tasks_table,
+)
 
 WIDTH = 80
 
@@ -54,19 +62,25 @@ def layer_reports(plan: kp.Plan) -> dict[str, kp.LayerReport]:
     }
 
 
-def metrics(window: int = 1024) -> dict[str, Any]:
+def metrics(protocol: str = "window", window: int = 1024, stride: int | None = None) -> dict[str, Any]:
+    last_word = protocol == "lambada-last-word"
+    defined = protocol == "window"
     return {
-        "protocol": "window",
+        "protocol": protocol,
         "window": window,
-        "stride": window,
-        "bos": True,
+        "stride": None if last_word else stride or window,
+        "bos": protocol == "window",
         "num_tokens": 283_287,
+        "num_bytes": 1_290_590 if defined else None,
+        "num_words": {"window": 245_569, "krony": None, "lambada-last-word": 5_153}[protocol],
+        "accuracy": 0.4592 if last_word else None,
         "perplexity": 12345.678,
-        "bits_per_byte": 12.3456,
+        "word_perplexity": 1234567.891 if defined else None,
+        "bits_per_byte": 12.3456 if defined else None,
     }
 
 
-def results(plan: kp.Plan, data: list[str], window: int = 1024) -> dict[str, Any]:
+def results(plan: kp.Plan, data: list[str], window: int = 1024, protocol: str = "window") -> dict[str, Any]:
     dense = {"name": "dense", "num_params": plan.num_params_dense, "bytes": plan.bytes_dense}
     compressed = {"num_params": plan.num_params, "bytes": plan.bytes}
     rows = [
@@ -76,7 +90,7 @@ def results(plan: kp.Plan, data: list[str], window: int = 1024) -> dict[str, Any
         {"name": "low-rank", **compressed},
         {"name": "low-rank, healed", **compressed},
     ]
-    return {"rows": [{**row, "metrics": {name: metrics(window) for name in data}} for row in rows]}
+    return {"rows": [{**row, "metrics": {name: metrics(protocol, window) for name in data}} for row in rows]}
 
 
 @pytest.mark.parametrize("soft_wrap", [True, False])
@@ -127,14 +141,87 @@ def test_results_table_of_the_demo_fits(soft_wrap):
         assert any(line.strip().startswith(f"{name}  ") for line in text.splitlines())
 
 
+FIGURES = {
+    "window": (["12345.68", "12.3456"], ["1234567.89", "283,287"]),
+    "krony": (["12345.68"], ["283,287"]),
+    "lambada-last-word": (["0.4592", "12345.68"], ["5,153"]),
+}
+SETTINGS = {
+    "window": "protocol window, window 1024, stride 1024, BOS",
+    "krony": "protocol krony, window 1024, stride 1024",
+    "lambada-last-word": "protocol lambada-last-word, window 1024",
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_results_of_every_protocol_have_its_figures_and_say_how_they_were_measured(plan, protocol):
+    table = results_table(results(plan, ["wikitext2", "wikitext103"], protocol=protocol))
+    lines = assert_fits(table, soft_wrap=True).splitlines()
+    rows = [line for line in lines if line.split()[:1] == ["dense"]]
+    assert [row.split()[3:] for row in rows] == [FIGURES[protocol][0]] * 2
+    for name in ("wikitext2", "wikitext103"):
+        assert any(line.strip() == f"{name}: {SETTINGS[protocol]}; 283,287 tokens" for line in lines)
+
+
+@pytest.mark.parametrize(
+    "other", [metrics("krony"), metrics(window=512), metrics(stride=512), {**metrics(), "bos": False}]
+)
+@pytest.mark.parametrize(("row", "name"), [(0, "wikitext103"), (2, "wikitext2")])
+def test_results_of_different_protocols_are_refused_in_one_table(plan, other, row, name):
+    mixed = results(plan, ["wikitext2", "wikitext103"])
+    mixed["rows"][row]["metrics"][name] = other
+    with pytest.raises(kp.RequestError, match=r"different protocols .*protocol window, window 1024, stride 1024, BOS"):
+        results_table(mixed)
+
+
 @pytest.mark.parametrize("soft_wrap", [True, False])
-def test_evaluation_table_fits(soft_wrap):
-    measured = {name: metrics() for name in ("wikitext2", "wikitext103", "bundled")}
-    text = assert_fits(evaluation_table("gpt2", measured), soft_wrap)
-    for name in measured:
+def test_evaluations_of_different_protocols_stand_in_tables_of_their_own(soft_wrap):
+    measured = {
+        "wikitext2": metrics(),
+        "wikitext2-unk": metrics("krony"),
+        "wikitext103": metrics(),
+        "lambada": metrics("lambada-last-word"),
+        "bundled": metrics(window=256),
+    }
+    texts = [assert_fits(table, soft_wrap) for table in evaluation_tables("gpt2", measured)]
+    columns = [text.splitlines() for text in texts]
+    assert [
+        [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in measured] for lines in columns
+    ] == [
+        ["wikitext2", "wikitext103"],
+        ["wikitext2-unk"],
+        ["lambada"],
+        ["bundled"],
+    ]
+    for text, name in zip(texts, ["wikitext2", "wikitext2-unk", "lambada"], strict=False):
+        protocol = measured[name]["protocol"]
+        assert text.splitlines()[0].strip() == "gpt2"
+        assert text.splitlines()[1].strip() == SETTINGS[protocol]
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [name]]
-        assert "12345.678" in line
-        assert "1024/1024, BOS" in line
+        assert line.split()[1:] == [*FIGURES[protocol][0], *FIGURES[protocol][1]]
+
+
+def test_a_figure_that_cannot_be_computed_is_a_dash():
+    (table,) = evaluation_tables("gpt2", {"no-spaces": {**metrics(), "word_perplexity": None}})
+    assert ["no-spaces", "12345.68", "12.3456", "–", "283,287"] in [line.split() for line in render(table).splitlines()]
+
+
+def test_tasks_stand_with_the_versions_that_make_them_comparable():
+    task = {
+        "protocol": "lm-eval",
+        "lm_eval_version": "0.4.13",
+        "task_version": 1.0,
+        "num_fewshot": 0,
+        "num_samples": 5153,
+        "metrics": {"perplexity": 40.0553, "acc": 0.32563},
+    }
+    group = {**task, "task_version": None, "num_fewshot": None, "num_samples": None, "metrics": {"acc": 0.5}}
+    text = assert_fits(tasks_table("gpt2", {"lambada_openai": task, "group": group}), soft_wrap=True)
+    assert text.splitlines()[1].strip() == "protocol lm-eval 0.4.13"
+    rows = [line.split() for line in text.splitlines()]
+    assert ["lambada_openai", "1.0", "0", "5153", "perplexity", "40.0553"] in rows
+    assert ["lambada_openai", "1.0", "0", "5153", "acc", "0.3256"] in rows
+    assert ["group", "–", "–", "–", "acc", "0.5000"] in rows
 
 
 @pytest.mark.parametrize("num_steps", [1, 100, 9_999])

@@ -75,7 +75,9 @@ def test_every_format_gives_the_same_documents(tmp_path, suffix, split):
     text = load_text(name, split)
     assert (text.name, text.revision) == (name, None)
     assert list(text.documents) == DOCUMENTS
-    assert list(kp.load_running_text(name, split).documents) == ["\n\n".join(DOCUMENTS)]
+    whole = kp.load_running_text(name, split)
+    assert (whole.name, whole.documents, whole.revision) == (name, DOCUMENTS, None)
+    assert whole.text == "\n\n".join(DOCUMENTS)
 
 
 @pytest.mark.parametrize("suffix", tokens.SUFFIXES)
@@ -138,7 +140,7 @@ def test_another_suffix_is_refused_with_those_allowed(tmp_path):
 def test_bundled_text_is_three_disjoint_parts_of_about_three_megabytes():
     parts = {}
     for split in ("train", "validation", "test"):
-        (parts[split],) = kp.load_running_text("bundled", split).documents
+        parts[split] = kp.load_running_text("bundled", split).text
     num_bytes = {split: len(text.encode()) for split, text in parts.items()}
     assert 2.5e6 < sum(num_bytes.values()) < 3.5e6
     assert min(num_bytes.values()) > 3e5
@@ -220,7 +222,8 @@ class Hub:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
-        self.rows: Any = Dataset.from_list([{"text": "from the Hub"}, {"text": "again"}]).to_iterable_dataset()
+        rows = [{"text": "from the Hub", "sentence": "of it"}, {"text": "again", "sentence": "once more"}]
+        self.rows: Any = Dataset.from_list(rows).to_iterable_dataset()
 
     def dataset_info(self, path: str, revision: str | None = None) -> SimpleNamespace:
         self.asked.append(("info", path, revision))
@@ -240,16 +243,30 @@ def hub(monkeypatch) -> Hub:
 
 
 @pytest.mark.parametrize("name", BUILT_IN_SETS)
-def test_built_in_sets_are_read_at_their_pinned_revision(hub, name):
-    pinned = BUILT_IN_SETS[name]
-    assert re.fullmatch("[0-9a-f]{40}", pinned.revision)
+def test_built_in_sets_are_read_at_one_commit_which_is_pinned_or_recorded(hub, name):
+    known = BUILT_IN_SETS[name]
+    commit = known.revision if re.fullmatch("[0-9a-f]{40}", known.revision or "") else SHA
+    assert (commit == SHA) == (name in ("lambada", "ptb"))
     text = load_text(name, "test")
-    assert list(text.documents) == ["from the Hub", "again"]
-    assert (text.name, text.revision) == (name, pinned.revision)
+    assert list(text.documents) == (["of it", "once more"] if name == "ptb" else ["from the Hub", "again"])
+    assert (text.name, text.revision) == (name, commit)
     assert hub.asked == [
-        ("info", pinned.path, pinned.revision),
-        ("load", pinned.path, pinned.config, "test", pinned.revision, True),
+        ("info", known.path, known.revision),
+        ("load", known.path, known.config, "test", commit, True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("wikitext2", "wikitext-2-raw-v1"),
+        ("wikitext2-unk", "wikitext-2-v1"),
+        ("wikitext103", "wikitext-103-raw-v1"),
+        ("wikitext103-unk", "wikitext-103-v1"),
+    ],
+)
+def test_wikitext_is_raw_unless_it_says_unk(name, config):
+    assert (BUILT_IN_SETS[name].path, BUILT_IN_SETS[name].config) == ("Salesforce/wikitext", config)
 
 
 @pytest.mark.parametrize(

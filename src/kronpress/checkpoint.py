@@ -8,6 +8,8 @@ the planned layers on the meta device before the weights arrive.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -47,7 +49,10 @@ from kronpress.recipe import POCKET
 from kronpress.surgery import linear_layers, replace_module_, structured_layer, structured_layers, to_dense_
 
 METHOD = "kronpress"
-FORMAT_VERSION = 1
+# 2: a layer's plan has the options of its fit.
+FORMAT_VERSION = 2
+# Of a weights file, in its own header.
+CHECKSUM = "kronpress.sha256"
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -99,11 +104,14 @@ class KronpressQuantizer(HfQuantizer):
                 layer_plan.spec,
                 dtype=layer.weight.dtype,  # type: ignore[arg-type]
                 device="meta",
+                options=layer_plan.options,
             )
             structured = structured_layer(layer, matrix)
             if by_name:
                 _check_stored(structured, {name, local}, stored)
             replace_module_(model, local, structured)
+        for path in checkpoint_files or []:
+            check_checksum(Path(path))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -145,6 +153,57 @@ def _check_stored(layer: StructuredLinear, names: set[str], stored: dict[str, tu
             raise WorkError(
                 f"the checkpoint is damaged: {keys[0]} has shape {stored[keys[0]]}, its plan says {tuple(tensor.shape)}"
             )
+
+
+def record_checksum_(path: Path) -> None:
+    """Write the SHA-256 of a safetensors file into its own header.
+
+    There it stays with the file wherever that is copied, and goes when the file is written anew, by
+    `save_pretrained` for instance: a checksum beside the file would then accuse sound weights.
+    """
+    header, start = _read_header(path)
+    header["__metadata__"][CHECKSUM] = _checksum(path)
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    partial = path.with_suffix(".partial")
+    with path.open("rb") as old, partial.open("wb") as new:
+        old.seek(start)
+        new.write(len(encoded).to_bytes(8, "little") + encoded)
+        shutil.copyfileobj(old, new)
+    partial.replace(path)
+
+
+def check_checksum(path: Path) -> None:
+    """Refuse a weights file in which a bit has changed since kronpress wrote it; others have no checksum.
+
+    Raises:
+        WorkError: the SHA-256 in the header is not that of the file.
+    """
+    if path.suffix != ".safetensors":
+        return
+    with safe_open(path, framework="pt") as file:
+        recorded = (file.metadata() or {}).get(CHECKSUM)
+    if recorded is not None and recorded != _checksum(path):
+        raise WorkError(f"the checkpoint is damaged: {path.name} has another SHA-256 than when it was written")
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256 in hex of a safetensors file's header, less the checksum itself, and data."""
+    header, start = _read_header(path)
+    header.get("__metadata__", {}).pop(CHECKSUM, None)
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and the byte at which its data start: 8 bytes hold the header's length."""
+    with path.open("rb") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(num_bytes)), 8 + num_bytes
 
 
 def _treat_as_float_(model: nn.Module) -> None:
@@ -228,7 +287,7 @@ def load_model(name: str, revision: str | None = None) -> LoadedModel:
 
     Raises:
         RequestError: no such model, or a folder that is no checkpoint.
-        WorkError: the checkpoint is damaged, or the Hub could not be reached.
+        WorkError: the checkpoint is damaged or holds NaN or infinity, or the Hub could not be reached.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = model_path(name)
@@ -240,13 +299,17 @@ def load_model(name: str, revision: str | None = None) -> LoadedModel:
         if info["missing_keys"]:
             # transformers has filled them with random values.
             raise WorkError(
-                f"model {name!r} is damaged or of another architecture: {len(info['missing_keys'])} tensors are "
+                f"the checkpoint is damaged or of another architecture: {len(info['missing_keys'])} tensors are "
                 f"missing, such as {min(info['missing_keys'])}"
             )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     commit = getattr(model.config, "_commit_hash", None)
     stored_dtype = model.dtype
     cast_parameters_(model.to(device), torch.float32)  # type: ignore[arg-type]
+    for tensor, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            kind = "NaN" if parameter.isnan().any() else "infinity"
+            raise WorkError(f"model {name!r}: its weight {tensor!r} holds {kind}")
     return LoadedModel(name, model, tokenizer, stored_dtype, commit)
 
 
@@ -255,8 +318,10 @@ def _loading(name: str) -> Iterator[None]:
     """What transformers raises for a model that cannot be had, as one sentence."""
     try:
         yield
-    except (RequestError, WorkError):
+    except RequestError:
         raise
+    except WorkError as error:
+        raise WorkError(f"model {name!r}: {error}") from error
     except SafetensorError as error:
         raise WorkError(f"model {name!r}: its weights are damaged: {error}") from error
     except Exception as error:  # whatever transformers, the Hub and a wrong config.json make of it
@@ -312,6 +377,9 @@ def write_model(
     if dtype is not None:
         cast_parameters_(model, dtype)
     model.save_pretrained(folder)
+    if structured_layers(model):
+        for path in folder.glob("*.safetensors"):
+            record_checksum_(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -15,16 +16,26 @@ from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from kronpress.benchmark import DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, benchmark
 from kronpress.checkpoint import check_writable, load_config, load_model, save_checkpoint, to_dense
 from kronpress.compression import compress_
 from kronpress.errors import RequestError, WorkError, unknown_name
-from kronpress.evaluation import LONGEST_DEFAULT_WINDOW, evaluate
+from kronpress.evaluation import LONGEST_DEFAULT_WINDOW, PROTOCOLS, check_vocabulary, evaluate
+from kronpress.harness import find_tasks, run_tasks
 from kronpress.healing import heal_
 from kronpress.pipeline import Messages
 from kronpress.pipeline import run as run_pipeline
 from kronpress.planning import make_plan
 from kronpress.recipe import POCKET, dump_recipe, load_recipe, recipe_names
-from kronpress.report import evaluation_table, healing_line, layers_table, plan_tables, results_table
+from kronpress.report import (
+    benchmark_table,
+    evaluation_tables,
+    healing_line,
+    layers_table,
+    plan_tables,
+    results_table,
+    tasks_table,
+)
 from kronpress.tokens import load_running_text, load_train_tokens
 
 app = typer.Typer(
@@ -134,8 +145,9 @@ def heal(
         if not any(change.startswith(("healing.max_steps=", "healing.tokens=")) for change in changes or []):
             healing["tokens"] = DEFAULT_HEALING_TOKENS
     resolved = load_recipe({"model": teacher, "healing": healing}, changes)
-    num_tokens = resolved.healing.num_steps * resolved.healing.tokens_per_step
+    num_tokens = resolved.healing.num_tokens
     student, dense = load_model(str(directory)), load_model(teacher, resolved.revision)
+    check_vocabulary(student.model, student.tokenizer)
     tokens = load_train_tokens(student.tokenizer, resolved.healing.data, num_tokens)
     log = heal_(student.model, dense.model, tokens, resolved.healing, seed=resolved.seed, progress=MESSAGES.healing)
     save_checkpoint(student.model, student.tokenizer, out, dtype=student.dtype, overwrite=overwrite)
@@ -149,34 +161,79 @@ def heal(
 def evaluate_command(
     model: Model,
     data: Annotated[
-        list[str] | None, typer.Option(help="built-in set, Hub data set id, or local file; `bundled` if not given")
+        list[str] | None,
+        typer.Option(help="built-in set, Hub data set id, or local file; `bundled` if neither it nor --tasks is given"),
     ] = None,
-    protocol: Annotated[str, typer.Option(help="how perplexity is measured")] = "window",
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T", help="task of lm-evaluation-harness, or a .yaml file or folder of tasks"),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help=f"how --data is measured: {', '.join(PROTOCOLS)}")] = "window",
     window: Annotated[
-        int | None, typer.Option(help="tokens of context; the model's limit, at most 2048, if not given")
+        int | None,
+        typer.Option(help="tokens of context; if not given 1024 for krony, else the model's limit, at most 2048"),
     ] = None,
     stride: Annotated[int | None, typer.Option(help="tokens from window to window; the window if not given")] = None,
     bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="begin with BOS; if not given, when there is one")
+        bool | None,
+        typer.Option("--bos/--no-bos", help="begin with BOS; if not given, as the protocol has it"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity and bits per byte on test text."""
-    texts = {name: load_running_text(name, "test") for name in data or ["bundled"]}
+    """Measure perplexity and bits per byte on test text, or run benchmark tasks."""
+    if tasks and not data and (protocol, window, stride, bos) != ("window", None, None, None):
+        raise RequestError("--protocol, --window, --stride and --bos say how --data is measured, and none is given")
+    texts = [load_running_text(name, "test") for name in data or ([] if tasks else ["bundled"])]
+    found = find_tasks(tasks) if tasks else None
     loaded = load_model(model)
     metrics = {
-        name: {
-            **evaluate(
-                loaded.model, loaded.tokenizer, "".join(text.documents), protocol, window, stride, bos
-            ).to_json(),
+        text.name: {
+            **evaluate(loaded.model, loaded.tokenizer, text.documents, protocol, window, stride, bos).to_json(),
             "data_revision": text.revision,
         }
-        for name, text in texts.items()
+        for text in texts
     }
+    with contextlib.redirect_stdout(sys.stderr):  # tasks may print
+        task_results = run_tasks(loaded.model, loaded.tokenizer, found) if found else {}
     if as_json:
-        _print_json({"model": model, "revision": loaded.revision, "metrics": metrics})
+        _print_json({"model": model, "revision": loaded.revision, "metrics": metrics, "tasks": task_results})
         return
-    out_console.print(evaluation_table(model, metrics))
+    for table in evaluation_tables(model, metrics):
+        out_console.print(table)
+    if task_results:
+        out_console.print(tasks_table(model, task_results))
+
+
+@app.command()
+def bench(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL2", help="the model to compare with, the dense one for instance")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="tokens of the prefill; 128, or what the context allows, if not given")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="tokens to decode")] = DEFAULT_NEW_TOKENS,
+    rounds: Annotated[int, typer.Option(help="how often everything is measured")] = DEFAULT_ROUNDS,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch chooses if not given")] = None,
+    dtype: Annotated[str, typer.Option(help="computed in: float32 or bfloat16, whatever is stored")] = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure tokens per second at prefill and decode, and peak memory, of one model or of two in turns."""
+    result = benchmark(
+        model,
+        against,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        threads=threads,
+        dtype=dtype,
+        progress=_say,
+    )
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+        return
+    out_console.print(benchmark_table(result))
 
 
 @app.command()
@@ -212,7 +269,7 @@ def run(
 
 
 # Krony-PT heals by language-model loss; distillation from the dense model does better on the validation books.
-DEMO_CHANGES = ["healing.distillation_weight=1", "healing.language_model_weight=0"]
+DEMO_CHANGES = ["healing.distillation_weight=1", "healing.language_model_weight=0", "rivals=[low-rank, 8-bit, 4-bit]"]
 
 
 @app.command()
@@ -224,8 +281,7 @@ def demo(
 ) -> None:
     """The main job on the bundled model: krony-96m beside low rank at the same count, offline, in minutes."""
     recipe = load_recipe("krony-96m", [*DEMO_CHANGES, *(changes or [])], POCKET)
-    rival = load_recipe("low-rank", model=POCKET)
-    results = run_pipeline(recipe, out, rivals=[rival], overwrite=overwrite, messages=MESSAGES, command=_command())
+    results = run_pipeline(recipe, out, overwrite=overwrite, messages=MESSAGES, command=_command())
     _show(results, out, as_json)
 
 
@@ -273,6 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     hub_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
             raise unknown_name("command", arguments[0], COMMANDS)

@@ -60,7 +60,7 @@ def compress_(
         if progress is not None:
             progress(name, done, len(plan.layers))
         weight = dense_weight(layers[name])
-        matrix = layer_plan.matrix_class.from_dense(weight, layer_plan.spec)
+        matrix = layer_plan.matrix_class.from_dense(weight, layer_plan.spec, options=layer_plan.options)
         reports[name] = _report(weight, matrix.to_dense().detach(), layer_plan)
         replace_module_(model, name, structured_layer(layers[name], matrix))
     attach_plan_(model, plan)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,13 +16,14 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from kronpress.errors import RequestError, WorkError
 from kronpress.evaluation import longest_context, num_embeddings
 from kronpress.recipe import Healing
+from kronpress.surgery import healing_parametrizations
 from kronpress.tokens import pack
 
 
@@ -114,14 +116,14 @@ def heal_(
         return HealingLog(num_steps=0, tokens=0, seconds=0.0, resumed_at_step=None, rows=[])
     sequences = pack(train_tokens, healing.sequence_length)
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, healing_parametrizations(model):
         folder = scratch if work_dir is None else str(work_dir)
         checkpoint = newest_checkpoint(Path(folder)) if resume else None
         resumed_at = None if checkpoint is None else checkpoint_step(checkpoint)
         if checkpoint is not None and resumed_at == num_steps:
             # Trainer would train one step more.
             load_safetensors(model, checkpoint / "model.safetensors")
-            tokens = num_steps * healing.tokens_per_step
+            tokens = healing.num_tokens
             return HealingLog(num_steps=num_steps, tokens=tokens, seconds=0.0, resumed_at_step=resumed_at, rows=[])
         use_cache = model.config.use_cache
         trainer = _HealingTrainer(
@@ -132,13 +134,17 @@ def heal_(
             healing=healing,
         )
         trainer.remove_callback(PrinterCallback)  # it writes to standard output
-        trainer.tokens_seen = (resumed_at or 0) * healing.tokens_per_step
         reporter = _Reporter(trainer, progress)
         trainer.add_callback(reporter)
         modes = [(each, each.training) for each in (model, teacher) if each is not None]
         started = time.monotonic()
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except WorkError as error:
+            kept = None if work_dir is None else newest_checkpoint(work_dir)
+            if kept is None:
+                raise
+            raise WorkError(f"{error}; the training checkpoint of step {checkpoint_step(kept)} is kept") from error
         finally:
             for each, training in modes:
                 each.train(training)
@@ -147,11 +153,27 @@ def heal_(
             model.config.use_cache = use_cache
     return HealingLog(
         num_steps=num_steps,
-        tokens=trainer.tokens_seen,
+        tokens=healing.num_tokens,
         seconds=time.monotonic() - started,
         resumed_at_step=resumed_at,
         rows=reporter.rows,
     )
+
+
+def learning_rates(healing: Healing) -> list[float]:
+    """The rate of every step: in each phase a linear rise from 0 to its peak, then a cosine to its final rate."""
+    rates = []
+    for part in healing.parts:
+        num_steps = part.max_steps or 0
+        warmup = min(part.warmup_steps, num_steps // 2)
+        for step in range(num_steps):
+            if step < warmup:
+                rate = step / warmup
+            else:
+                falling = (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup))) / 2
+                rate = part.final_learning_rate + (1 - part.final_learning_rate) * falling
+            rates.append(part.learning_rate * rate)
+    return rates
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -166,17 +188,10 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def _training_arguments(healing: Healing, num_steps: int, seed: int, folder: str) -> TrainingArguments:
-    per_pass = healing.sequences_per_pass or healing.sequences_per_step
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=folder,
         max_steps=num_steps,
-        per_device_train_batch_size=per_pass,
-        gradient_accumulation_steps=healing.sequences_per_step // per_pass,
-        learning_rate=healing.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": healing.final_learning_rate},
-        warmup_steps=min(healing.warmup_steps, num_steps // 2),
         weight_decay=healing.weight_decay,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=not on_gpu,
@@ -204,22 +219,72 @@ class _Sequences(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.sequences[index].long()}
 
 
+class _Steps(Sampler[list[int]]):
+    """The sequences of every step, all phases after one another: one random order after another, none cut short."""
+
+    def __init__(self, num_sequences: int, healing: Healing, seed: int) -> None:
+        self.num_sequences, self.seed = num_sequences, seed
+        self.parts = healing.parts
+
+    def __len__(self) -> int:
+        return sum(part.max_steps or 0 for part in self.parts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        order: list[int] = []
+        for part in self.parts:
+            for _ in range(part.max_steps or 0):
+                while len(order) < part.sequences_per_step:
+                    order += torch.randperm(self.num_sequences, generator=generator).tolist()
+                yield order[: part.sequences_per_step]
+                del order[: part.sequences_per_step]
+
+
 class _HealingTrainer(Trainer):
-    """A Trainer whose loss is the weighted sum of the healing terms."""
+    """A Trainer whose loss is the weighted sum of the healing terms, and whose batch is the whole of a step."""
 
     def __init__(self, *args: Any, teacher: nn.Module | None, healing: Healing, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.healing = healing
         self.teacher = None if teacher is None else teacher.to(self.args.device)
-        # The loss below is a mean over the batch; Trainer then divides it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
-        self.terms: list[tuple[float, float | None]] = []
-        self.tokens_seen = 0
+        self.terms: list[tuple[float, float | None]] = []  # of each pass since the last log line
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        steps = _Steps(len(self.train_dataset), self.healing, self.args.seed)  # type: ignore[arg-type]
+        return self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_sampler=steps, pin_memory=self.args.dataloader_pin_memory)  # type: ignore[arg-type]
+        )
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        # The optimiser was made with args.learning_rate, which LambdaLR multiplies.
+        rates = [rate / self.args.learning_rate for rate in learning_rates(self.healing)]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer,  # type: ignore[arg-type]
+            lambda step: rates[min(step, num_training_steps - 1)],
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         # No dropout: the student is to agree with the teacher, not to be regularised.
         model.eval()
-        ids = inputs["input_ids"]
+        ids = self._prepare_inputs(inputs)["input_ids"]
+        step_loss = torch.zeros((), device=ids.device)
+        passes = ids.split(self.healing.sequences_per_pass or len(ids))
+        for sequences in passes:
+            with self.compute_loss_context_manager():
+                loss = self._loss(model, sequences) / len(passes)
+            self.accelerator.backward(loss)
+            step_loss += loss.detach()
+        return step_loss
+
+    def _loss(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """The mean loss over the sequences ids (sequences, sequence_length)."""
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         language_model = language_model_loss(logits, ids[:, 1:])
         loss = self.healing.language_model_weight * language_model
@@ -233,8 +298,14 @@ class _HealingTrainer(Trainer):
         if not math.isfinite(loss.item()):
             raise WorkError(f"the healing loss is {loss.item()} at step {self.state.global_step}: try a lower rate")
         self.terms.append((language_model.item(), None if distillation is None else distillation.item()))
-        self.tokens_seen += ids.numel()
         return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A checkpoint that a step has spoilt would push out the last good one.
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise WorkError(f"{name!r} holds NaN or infinity after step {self.state.global_step}: try a lower rate")
+        super()._save_checkpoint(model, trial)
 
 
 class _Reporter(TrainerCallback):
@@ -243,9 +314,12 @@ class _Reporter(TrainerCallback):
     def __init__(self, trainer: _HealingTrainer, progress: Callable[[HealingRow], None] | None) -> None:
         self.trainer, self.progress = trainer, progress
         self.rows: list[HealingRow] = []
+        parts = trainer.healing.parts
+        per_step = [part.tokens_per_step for part in parts for _ in range(part.max_steps or 0)]
+        self.tokens_after = [0, *accumulate(per_step)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.first_step, self.started, self.first_token = state.global_step, time.monotonic(), self.trainer.tokens_seen
+        self.first_step, self.started = state.global_step, time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:
@@ -253,15 +327,16 @@ class _Reporter(TrainerCallback):
         seconds = time.monotonic() - self.started
         language_model, distillation = zip(*self.trainer.terms, strict=True)
         self.trainer.terms.clear()
+        tokens = self.tokens_after[state.global_step]
         row = HealingRow(
             step=state.global_step,
             num_steps=state.max_steps,
-            tokens=self.trainer.tokens_seen,
+            tokens=tokens,
             loss=logs["loss"],
             language_model_nats=fmean(language_model),
             distillation_nats=None if distillation[0] is None else fmean(distillation),
             learning_rate=logs["learning_rate"],
-            tokens_per_second=(self.trainer.tokens_seen - self.first_token) / seconds,
+            tokens_per_second=(tokens - self.tokens_after[self.first_step]) / seconds,
             seconds_left=(state.max_steps - state.global_step) * seconds / (state.global_step - self.first_step),
         )
         self.rows.append(row)

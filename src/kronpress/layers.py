@@ -28,6 +28,7 @@ class StructuredLinear(nn.Module):
         super().__init__()
         self.structure = type(matrix)
         self.out_features, self.in_features, self.spec = matrix.out_features, matrix.in_features, matrix.spec
+        self.options = matrix.options
         # The class that this layer replaced, which `surgery.dense_layer` gives back.
         self.dense_class: type[nn.Module] = nn.Linear
         self.factor_names = tuple(matrix.factors)

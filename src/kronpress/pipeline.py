@@ -26,13 +26,14 @@ from kronpress.checkpoint import (
     load_model,
     write_model,
 )
-from kronpress.compression import LayerReport, compress_
-from kronpress.errors import RequestError
+from kronpress.compression import compress_
+from kronpress.errors import RequestError, unknown_name
 from kronpress.evaluation import evaluate, longest_context
 from kronpress.healing import HealingLog, HealingRow, checkpoint_step, heal_, newest_checkpoint
 from kronpress.planning import Plan, make_plan
-from kronpress.recipe import Budget, Evaluation, Recipe, dump_recipe, load_recipe
-from kronpress.tokens import load_running_text, load_train_tokens
+from kronpress.recipe import Budget, Healing, Recipe, dump_recipe, load_recipe, recipe_names
+from kronpress.rivals import RIVALS, Contender, dense_contender
+from kronpress.tokens import RunningText, load_running_text, load_train_tokens
 
 RESULTS_FORMAT = 1
 PROMPT = "It was a cold evening in November, and the old man"
@@ -50,45 +51,22 @@ class Messages:
 SILENT = Messages(stage=lambda _: None, healing=lambda _: None)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One recipe carried out: the model, and everything there is to report of it."""
-
-    recipe: Recipe
-    plan: Plan
-    layers: dict[str, LayerReport]
-    model: PreTrainedModel
-    rows: list[dict[str, Any]]
-    healing: HealingLog
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "plan": self.plan.model_dump(mode="json"),
-            "layers": {name: report.model_dump(mode="json") for name, report in self.layers.items()},
-            "healing": self.healing.model_dump(mode="json"),
-        }
-
-
 def run(
     recipe: Recipe,
     out: Path,
     *,
-    rivals: list[Recipe] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     messages: Messages = SILENT,
     command: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Compress, heal and measure by `recipe`, and write the run directory `out`.
+    """Compress, heal and measure by `recipe`, its rivals too, and write the run directory `out`.
 
     `out` appears when all is done, with recipe.yaml, plan.json, results.json and model/. Until then a hidden
     folder beside it keeps the training checkpoints (every `healing.save_steps` steps) from which `resume`
     continues.
 
     Args:
-        rivals: recipes to measure beside the main one, on the same model and data and with the same healing,
-            each given the main one's parameter count as its budget; their results are kept, their models not.
         command: the command line that asked for the run, kept in results.json.
         resume: continue an interrupted run; start one if there is none; leave a finished one as it is.
 
@@ -114,48 +92,54 @@ def run(
         if newest_checkpoint(work) is not None and not overwrite:
             raise RequestError(f"{out} was begun and interrupted: --resume goes on with it, --overwrite starts anew")
         shutil.rmtree(work, ignore_errors=True)
+    rival_recipes = {name: _rival_recipe(name, recipe) for name in recipe.rivals if name not in RIVALS}
     messages.stage(f"loading {recipe.model}")
     teacher = load_model(recipe.model, recipe.revision)
     plan = make_plan(teacher.model, recipe)
-    tokens = _train_tokens(teacher.tokenizer, recipe, messages)
-    texts = _evaluation_texts(recipe.evaluation)
-
-    messages.stage("measuring the dense model")
-    dense_row = {
-        "name": "dense",
-        "stage": "dense",
-        **_sizes(plan.num_params_dense, plan.bytes_dense, plan.flops_per_token_dense),
-        **_measure(teacher.model, teacher.tokenizer, texts, recipe.evaluation),
+    # All plans before any work: a budget that a rival cannot meet is a wrong request.
+    rival_plans = {
+        name: make_plan(teacher.model, rival.model_copy(update={"budget": Budget(params=plan.num_params)}))
+        for name, rival in rival_recipes.items()
     }
+    arena = _Arena(recipe, teacher, _train_tokens(teacher.tokenizer, recipe, messages), _texts(recipe), messages)
+
+    rows = [_measure(arena, dense_contender(teacher.model, plan), "dense")]
+    main, story = _compress(arena, recipe, plan)
+    rows.append(_measure(arena, main, "compressed"))
     with _training_folder(work, recipe):
         resumed_at_steps = _note_resumption(work)
-        main = _carry_out(recipe, plan, teacher, tokens, texts, messages, work=work, resume=resume)
-    others = []
-    for rival in rivals or []:
-        rival = rival.model_copy(
-            update={
-                "budget": Budget(params=plan.num_params),
-                "healing": recipe.healing,
-                "evaluation": recipe.evaluation,
-                "seed": recipe.seed,
-            }
-        )
-        rival_plan = make_plan(teacher.model, rival)
-        others.append(_carry_out(rival, rival_plan, teacher, tokens, texts, messages))
+        healing, more = _heal(arena, main, recipe.healing, work=work, resume=resume)
+        rows += more
+    rivals: list[dict[str, Any]] = []
+    for name in recipe.rivals:
+        if name in RIVALS:
+            messages.stage(f"making the rival {name}")
+            rival = RIVALS[name](copy.deepcopy(teacher.model), plan)
+            rival_story: dict[str, Any] = {}
+        else:
+            rival, rival_story = _compress(arena, rival_recipes[name], rival_plans[name])
+        if rival.name != "dense":  # measured above
+            rows.append(_measure(arena, rival, "compressed"))
+        if rival.is_trained:
+            log, more = _heal(arena, rival, _rival_healing(name, recipe.healing))
+            rival_story["healing"] = log.model_dump(mode="json")
+            rows += more
+        rivals.append({"rival": name, **rival_story})
 
     packages = ("kronpress", "torch", "transformers", "accelerate", "datasets")
     results = {
         "format_version": RESULTS_FORMAT,
         "command": command,
         "model": {"name": teacher.name, "revision": teacher.revision, "dtype": plan.dtype},
-        "data": {name: revision for name, _, revision in texts},
+        "data": {text.name: text.revision for text in arena.texts},
         "versions": {**{name: version(name) for name in packages}, "python": platform.python_version()},
         "device": _device_name(),
         "seed": recipe.seed,
         "prompt": PROMPT,
-        "rows": [dense_row, *main.rows, *(row for other in others for row in other.rows)],
-        **main.to_json(),
-        "rivals": [other.to_json() for other in others],
+        "rows": rows,
+        **story,
+        "healing": healing.model_dump(mode="json"),
+        "rivals": rivals,
         "resumed_at_steps": resumed_at_steps,
         "seconds": time.monotonic() - started,
     }
@@ -172,45 +156,69 @@ def run(
     return results
 
 
-def _carry_out(
-    recipe: Recipe,
-    plan: Plan,
-    teacher: LoadedModel,
-    tokens: Tensor,
-    texts: list[tuple[str, str, str | None]],
-    messages: Messages,
-    work: Path | None = None,
-    resume: bool = False,
-) -> Outcome:
-    """Compress a copy of the teacher, measure it, heal it, measure it again."""
+@dataclass(frozen=True)
+class _Arena:
+    """What all models of one run have in common: the dense model, the text, and how they are measured."""
+
+    recipe: Recipe
+    teacher: LoadedModel
+    tokens: Tensor
+    texts: list[RunningText]
+    messages: Messages
+
+
+def _compress(arena: _Arena, recipe: Recipe, plan: Plan) -> tuple[Contender, dict[str, Any]]:
+    """A compressed copy of the teacher, rounded as it will be stored, and what results.json says of it."""
     set_seed(recipe.seed)
-    model = copy.deepcopy(teacher.model)
-    messages.stage(f"compressing by {recipe.name}")
+    arena.messages.stage(f"compressing by {recipe.name}")
+    model = copy.deepcopy(arena.teacher.model)
     layers = compress_(model, plan)
-    _round_to_(model, teacher.dtype)
-    sizes = _sizes(plan.num_params, plan.bytes, plan.flops_per_token)
+    _round_to_(model, arena.teacher.dtype)
+    story = {
+        "recipe": recipe.model_dump(mode="json"),
+        "plan": plan.model_dump(mode="json"),
+        "layers": {name: report.model_dump(mode="json") for name, report in layers.items()},
+    }
+    return Contender(recipe.name, model, plan.num_params, plan.bytes, plan.flops_per_token), story
 
-    def row(name: str, stage: str) -> dict[str, Any]:
-        messages.stage(f"measuring {name}")
-        measured = _measure(model, teacher.tokenizer, texts, recipe.evaluation)
-        return {"name": name, "stage": stage, **sizes, **measured}
 
-    rows = [row(recipe.name, "compressed")]
-    messages.stage(f"healing {recipe.name}, {recipe.healing.num_steps} steps")
-    healing = heal_(
-        model,
-        teacher.model,
-        tokens,
-        recipe.healing,
-        seed=recipe.seed,
+def _heal(
+    arena: _Arena, contender: Contender, healing: Healing, work: Path | None = None, resume: bool = False
+) -> tuple[HealingLog, list[dict[str, Any]]]:
+    """Train the contender in place; the log, and the row of what it became if there was any training."""
+    arena.messages.stage(f"healing {contender.name}, {healing.num_steps} steps")
+    log = heal_(
+        contender.model,
+        arena.teacher.model,
+        arena.tokens,
+        healing,
+        seed=arena.recipe.seed,
         work_dir=work,
         resume=resume,
-        progress=messages.healing,
+        progress=arena.messages.healing,
     )
-    if healing.num_steps:
-        _round_to_(model, teacher.dtype)
-        rows.append(row(f"{recipe.name}, healed", "healed"))
-    return Outcome(recipe, plan, layers, model, rows, healing)
+    if log.num_steps == 0:
+        return log, []
+    _round_to_(contender.model, arena.teacher.dtype)
+    return log, [_measure(arena, contender, "healed")]
+
+
+def _rival_recipe(name: str, recipe: Recipe) -> Recipe:
+    """The recipe `name` on the model of `recipe`, to be healed and measured as `recipe` says."""
+    if name not in recipe_names() and not Path(name).is_file():
+        raise unknown_name("rival", name, [*RIVALS, *recipe_names()])
+    rival = load_recipe(name)
+    kept = ["model", "revision", "seed", "healing", "evaluation"]
+    if name in recipe_names() and not rival.has_fixed_sizes:
+        kept.append("targets")  # any will do for it
+    return rival.model_copy(update={key: getattr(recipe, key) for key in kept})
+
+
+def _rival_healing(name: str, healing: Healing) -> Healing:
+    """The dense model cannot be distilled into itself: it is trained on the text."""
+    if name != "dense":
+        return healing
+    return healing.model_copy(update={"language_model_weight": 1.0, "distillation_weight": 0.0})
 
 
 def _round_to_(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -250,33 +258,41 @@ def _train_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, messages: 
     if healing.num_steps == 0:
         return torch.empty(0, dtype=torch.int32)
     messages.stage(f"reading {healing.data}")
-    return load_train_tokens(tokenizer, healing.data, healing.num_steps * healing.tokens_per_step)
+    return load_train_tokens(tokenizer, healing.data, healing.num_tokens)
 
 
-def _evaluation_texts(evaluation: Evaluation) -> list[tuple[str, str, str | None]]:
-    """(name, text, revision) of each test set."""
-    names = [evaluation.data] if isinstance(evaluation.data, str) else evaluation.data
-    loaded = [load_running_text(name, "test") for name in names]
-    return [(text.name, "".join(text.documents), text.revision) for text in loaded]
+def _texts(recipe: Recipe) -> list[RunningText]:
+    data = recipe.evaluation.data
+    return [load_running_text(name, "test") for name in ([data] if isinstance(data, str) else data)]
 
 
-def _measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[tuple[str, str, str | None]],
-    evaluation: Evaluation,
-) -> dict[str, Any]:
+def _measure(arena: _Arena, contender: Contender, stage: str) -> dict[str, Any]:
+    """One row of the table; `stage` is dense, compressed or healed."""
+    trained = "trained further" if contender.name == "dense" else "healed"
+    name = f"{contender.name}, {trained}" if stage == "healed" else contender.name
+    arena.messages.stage(f"measuring {name}")
+    evaluation, tokenizer = arena.recipe.evaluation, arena.teacher.tokenizer
     metrics = {
-        name: evaluate(
-            model, tokenizer, text, window=evaluation.window, stride=evaluation.stride, bos=evaluation.bos
+        text.name: evaluate(
+            contender.model,
+            tokenizer,
+            text.documents,
+            evaluation.protocol,
+            evaluation.window,
+            evaluation.stride,
+            evaluation.bos,
         ).to_json()
-        for name, text, _ in texts
+        for text in arena.texts
     }
-    return {"metrics": metrics, "continuation": continue_text(model, tokenizer, PROMPT)}
-
-
-def _sizes(num_params: int, num_bytes: int, flops_per_token: int) -> dict[str, int]:
-    return {"num_params": num_params, "bytes": num_bytes, "flops_per_token": flops_per_token}
+    return {
+        "name": name,
+        "stage": stage,
+        "num_params": contender.num_params,
+        "bytes": contender.bytes,
+        "flops_per_token": contender.flops_per_token,
+        "metrics": metrics,
+        "continuation": continue_text(contender.model, tokenizer, PROMPT),
+    }
 
 
 def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class LayerPlan(BaseModel):
     out_features: int
     in_features: int
     spec: Any
+    options: Any = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -40,11 +42,17 @@ class LayerPlan(BaseModel):
             return fields  # refused as incomplete
         if fields["structure"] not in STRUCTURES:
             raise unknown_name("structure", fields["structure"], STRUCTURES)
-        return {**fields, "spec": STRUCTURES[fields["structure"]].Spec.model_validate(fields["spec"])}
+        matrix_class = STRUCTURES[fields["structure"]]
+        return {
+            **fields,
+            "spec": matrix_class.Spec.model_validate(fields["spec"]),
+            "options": matrix_class.Options.model_validate(fields.get("options", {})),
+        }
 
     @model_validator(mode="after")
     def _spec_fits(self) -> LayerPlan:
         self.matrix_class.factor_shapes(self.out_features, self.in_features, self.spec)
+        self.matrix_class.check_options(self.spec, self.options)
         return self
 
     @property
@@ -96,6 +104,10 @@ class Plan(BaseModel):
         return layers
 
 
+class _BudgetTooSmall(RequestError):
+    """The budget leaves a targeted layer less than the smallest structure needs."""
+
+
 def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> Plan:
     """What `recipe` makes of a model, from its shapes alone: no weight is read.
 
@@ -120,8 +132,17 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> 
     num_params_dense = sum(p.numel() for p in model.parameters() if p.is_floating_point())
     targets_dense = sum(out * inn for out, inn in targets.values())
     dtype = _stored_dtype(model)
-    budget_params = _target_params(recipe.budget, num_params_dense, targets_dense, dtype.itemsize)
-    planned = {name: _plan_layer(name, shape, recipe, budget_params, targets_dense) for name, shape in targets.items()}
+    try:
+        budget_params = _target_params(recipe.budget, num_params_dense, targets_dense, dtype.itemsize)
+        planned = {
+            name: _plan_layer(name, shape, recipe, budget_params, targets_dense) for name, shape in targets.items()
+        }
+    except _BudgetTooSmall as error:
+        least = _least_budget(targets, recipe, targets_dense)
+        raise RequestError(
+            f"{error}; the least possible is {least} in the targeted layers, "
+            f"{num_params_dense - targets_dense + least} in the model"
+        ) from error
     num_params_targets = sum(layer.num_params for layer in planned.values())
     num_params = num_params_dense - targets_dense + num_params_targets
     if budget_params is not None and num_params_targets > budget_params:
@@ -131,7 +152,7 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> 
             f"{num_params - num_params_targets + budget_params}"
         )
 
-    dense_flops = {name: 2 * layer.weight.numel() for name, layer in layers.items()}  # type: ignore[operator, union-attr]
+    dense_flops = _dense_flops(layers)
     planned_flops = {name: layer.flops_per_token for name, layer in planned.items()}
     return Plan(
         recipe=recipe.name,
@@ -148,6 +169,15 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> 
         bytes=num_params * dtype.itemsize,
         bytes_dense=num_params_dense * dtype.itemsize,
     )
+
+
+def dense_flops_per_token(model: nn.Module) -> int:
+    """FLOPs of all dense linear layers for one token, counted as in `Plan`."""
+    return sum(_dense_flops(linear_layers(model)).values())
+
+
+def _dense_flops(layers: dict[str, nn.Module]) -> dict[str, int]:
+    return {name: 2 * layer.weight.numel() for name, layer in layers.items()}  # type: ignore[operator, union-attr]
 
 
 @cache
@@ -202,10 +232,28 @@ def _target_params(budget: Budget, model_dense: int, targets_dense: int, itemsiz
         return None
     rest = model_dense - targets_dense
     if total <= rest:
-        raise RequestError(
+        raise _BudgetTooSmall(
             f"budget of {total} parameters: the layers that are not targeted already hold {rest} of {model_dense}"
         )
     return total - rest
+
+
+def _least_budget(targets: dict[str, tuple[int, int]], recipe: Recipe, targets_dense: int) -> int:
+    """The fewest parameters of all targeted layers together that give each of them a share it can be built with."""
+    if recipe.has_fixed_sizes:
+        return sum(_plan_layer(name, shape, recipe, None, targets_dense).num_params for name, shape in targets.items())
+    return max(-(-_smallest(shape, recipe) * targets_dense // prod(shape)) for shape in set(targets.values()))
+
+
+def _smallest(shape: tuple[int, int], recipe: Recipe) -> int:
+    """How many parameters the recipe's structure needs at least for a matrix of this shape."""
+
+    def possible(max_params: int) -> bool:
+        return bool(STRUCTURES[recipe.structure].candidate_specs(*shape, max_params, **recipe.spec))
+
+    if not possible(prod(shape)):
+        raise RequestError(f"no {recipe.structure} of this shape has fewer parameters than the dense matrix")
+    return bisect_left(range(prod(shape)), 1, key=possible)
 
 
 def _plan_layer(
@@ -219,22 +267,21 @@ def _plan_layer(
     if budget_params is not None and not recipe.has_fixed_sizes:
         max_params = min(budget_params * num_params_dense // targets_dense, num_params_dense)
 
-    def candidates(max_params: int | None) -> list[Any]:
-        return structure.candidate_specs(out_features, in_features, max_params, **recipe.spec)
-
     try:
-        specs = candidates(max_params)
+        specs = structure.candidate_specs(out_features, in_features, max_params, **recipe.spec)
         if not specs:
-            if not candidates(num_params_dense):
-                raise RequestError(f"no {recipe.structure} of this shape has fewer parameters than the dense matrix")
-            least = bisect_left(range(num_params_dense), 1, key=lambda p: bool(candidates(p)))
-            raise RequestError(
+            least = _smallest(shape, recipe)
+            raise _BudgetTooSmall(
                 f"the budget leaves {max_params} parameters, the smallest {recipe.structure} has {least}"
             )
         sizes = {spec: structure.count_params(out_features, in_features, spec) for spec in specs}
+        most = max(sizes.values())
+        largest = [spec for spec in specs if sizes[spec] == most]
+        chosen = min(largest, key=lambda spec: _count_flops(recipe.structure, out_features, in_features, spec))
+        options = structure.Options.model_validate(recipe.fit)
+        structure.check_options(chosen, options)
     except RequestError as error:
-        raise RequestError(f"{name} ({out_features}×{in_features}): {error}") from error
-    most = max(sizes.values())
-    largest = [spec for spec in specs if sizes[spec] == most]
-    chosen = min(largest, key=lambda spec: _count_flops(recipe.structure, out_features, in_features, spec))
-    return LayerPlan(structure=recipe.structure, out_features=out_features, in_features=in_features, spec=chosen)
+        raise type(error)(f"{name} ({out_features}×{in_features}): {error}") from error
+    return LayerPlan(
+        structure=recipe.structure, out_features=out_features, in_features=in_features, spec=chosen, options=options
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -21,6 +23,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from kronpress.errors import RequestError, unknown_name
 from kronpress.matrices import STRUCTURES
@@ -53,11 +56,23 @@ class Budget(_Section):
         return self
 
 
+class Phase(_Section):
+    """One part of a healing, with its share of all tokens; what is unset is as in the healing itself."""
+
+    share: Fraction = Field(description="fraction of all tokens; the shares of all phases add up to 1")
+    sequences_per_step: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+    final_learning_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    warmup_steps: NonNegativeInt | None = None
+
+
 class Healing(_Section):
     """Training of the compressed model; it stops at `max_steps` or `tokens`, whichever comes first."""
 
     data: str | list[str] = Field("openwebtext", description="built-in set, Hub data set id, or local files")
-    max_steps: NonNegativeInt | None = Field(None, description="optimiser steps; 0 leaves the model unhealed")
+    max_steps: NonNegativeInt | None = Field(
+        None, description="optimiser steps, all phases together; 0 leaves the model unhealed"
+    )
     tokens: PositiveInt | None = Field(None, description="training tokens, all steps together")
     sequences_per_step: PositiveInt = Field(8, description="sequences in one optimiser step")
     sequences_per_pass: PositiveInt | None = Field(
@@ -71,6 +86,9 @@ class Healing(_Section):
     warmup_steps: NonNegativeInt = Field(
         0, description="steps of linear rise to the peak rate, at most half of all steps"
     )
+    phases: list[Phase] = Field(
+        [], description="parts with a schedule of their own, each with a warm-up and a cosine; one part if empty"
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled decay of all matrices")
     language_model_weight: NonNegativeFloat = Field(1.0, description="weight of the next-token cross-entropy")
     distillation_weight: NonNegativeFloat = Field(0.0, description="weight of KL(teacher ‖ student) of the logits")
@@ -81,38 +99,69 @@ class Healing(_Section):
     def _consistent(self) -> Healing:
         if self.language_model_weight == 0 and self.distillation_weight == 0:
             raise ValueError("language_model_weight and distillation_weight are both 0: nothing to minimise")
-        if self.sequences_per_step % (self.sequences_per_pass or 1):
-            raise ValueError(f"sequences_per_pass {self.sequences_per_pass} does not divide {self.sequences_per_step}")
+        for size in [self.sequences_per_step, *(phase.sequences_per_step for phase in self.phases)]:
+            if size is not None and size % (self.sequences_per_pass or 1):
+                raise ValueError(f"sequences_per_pass {self.sequences_per_pass} does not divide {size}")
+        shares = sum(phase.share for phase in self.phases)
+        if self.phases and abs(shares - 1) > 1e-6:
+            raise ValueError(f"the shares of the phases add up to {shares:g}, not 1")
         return self
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.sequences_per_step * self.sequence_length
+    def parts(self) -> list[Healing]:
+        """The phases as healings of one phase each, whose `max_steps` are their steps.
 
-    @property
-    def num_steps(self) -> int:
-        """Optimiser steps under both limits.
+        Under `max_steps` every phase is shortened by the same factor.
 
         Raises:
             RequestError: neither `max_steps` nor `tokens` is set.
         """
+        phases = self.phases or [Phase(share=1.0)]
+        changes = [phase.model_dump(exclude={"share"}, exclude_none=True) for phase in phases]
+        parts = [self.model_copy(update={"phases": [], "tokens": None, **change}) for change in changes]
+        # Steps of each phase for one token of healing.
+        steps = [phase.share / part.tokens_per_step for phase, part in zip(phases, parts, strict=True)]
         limits = [self.max_steps] if self.max_steps is not None else []
         if self.tokens is not None:
-            limits.append(max(1, self.tokens // self.tokens_per_step))
+            limits.append(max(1, math.floor(self.tokens * sum(steps) + 1e-6)))
         if not limits:
             raise RequestError("healing has no end: set healing.max_steps or healing.tokens")
-        return min(limits)
+        ends = [round(min(limits) * sum(steps[: i + 1]) / sum(steps)) for i in range(len(steps))]
+        starts = [0, *ends[:-1]]
+        return [
+            part.model_copy(update={"max_steps": end - start})
+            for part, start, end in zip(parts, starts, ends, strict=True)
+        ]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one step outside the phases."""
+        return self.sequences_per_step * self.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps under both limits, all phases together; raises what `parts` raises."""
+        return sum(part.max_steps or 0 for part in self.parts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read in all steps; raises what `parts` raises."""
+        return sum((part.max_steps or 0) * part.tokens_per_step for part in self.parts)
 
 
 class Evaluation(_Section):
-    """What the model is measured on, with the `window` protocol (see evaluation.py)."""
+    """What the model is measured on, and how: `evaluate` in evaluation.py describes the protocols."""
+
+    protocol: Literal["window", "krony", "lambada-last-word"] = Field(
+        "window", description="how the text is read and the losses averaged"
+    )
 
     data: str | list[str] = Field("wikitext2", description="built-in sets, Hub data set ids, or local files")
     window: PositiveInt | None = Field(
-        None, description="tokens of context; the model's own limit, at most 2048, if unset"
+        None, description="tokens of context; if unset 1024 for krony, else the model's own limit, at most 2048"
     )
-    stride: PositiveInt | None = Field(None, description="tokens scored in each window; the window if unset")
-    bos: bool | None = Field(None, description="begin with the tokenizer's BOS token; if unset, when it has one")
+    stride: PositiveInt | None = Field(None, description="tokens from window to window; the window if unset")
+    bos: bool | None = Field(None, description="begin with the tokenizer's BOS token; as the protocol has it if unset")
 
 
 class Recipe(_Section):
@@ -128,9 +177,15 @@ class Recipe(_Section):
     )
     structure: str = Field("kronecker", description=f"one of {', '.join(STRUCTURES)}")
     spec: dict[str, Any] = Field({}, description="sizes of the structure that are fixed; the budget chooses the rest")
+    fit: dict[str, Any] = Field({}, description="options of the structure's fit, such as Kronecker's `start`")
     budget: Budget = Field(default_factory=Budget)
     healing: Healing = Field(default_factory=Healing)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    rivals: list[str] = Field(
+        [],
+        description="what a run measures beside it, on the same tokens: `dense` trained further, fewer `blocks`, "
+        "`8-bit`, `4-bit`, or a recipe, which gets the same budget",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -138,14 +193,15 @@ class Recipe(_Section):
         structure = fields.get("structure", cls.model_fields["structure"].default)
         if structure not in STRUCTURES:
             raise unknown_name("structure", str(structure), STRUCTURES)
-        given = fields.get("spec", {})
-        if not isinstance(given, dict):
-            raise RequestError(f"recipe field spec: expected sizes of {structure} by name; given {given!r}")
-        sizes = _free_sizes(structure)
-        for name in given:
-            if name not in sizes:
-                raise unknown_name(f"size of {structure}", str(name), sizes)
-        return {**fields, "spec": {name: _checked_size(structure, name, value) for name, value in given.items()}}
+        sizes = {name: STRUCTURES[structure].Spec.model_fields[name] for name in _free_sizes(structure)}
+        spec = _checked_values("spec", f"size of {structure}", fields.get("spec", {}), sizes)
+        options = STRUCTURES[structure].Options
+        fit = _checked_values("fit", f"fit option of {structure}", fields.get("fit", {}), options.model_fields)
+        try:
+            options.model_validate(fit)
+        except ValidationError as error:
+            raise RequestError(f"recipe field fit: {error.errors()[0]['ctx']['error']}") from error
+        return {**fields, "spec": spec, "fit": fit}
 
     @property
     def has_fixed_sizes(self) -> bool:
@@ -153,15 +209,24 @@ class Recipe(_Section):
         return set(self.spec) == set(_free_sizes(self.structure))
 
 
-def _checked_size(structure: str, name: str, value: Any) -> Any:
-    """The value of one size as JSON has it, checked as the structure's Spec would."""
-    field = STRUCTURES[structure].Spec.model_fields[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
-    try:
-        return adapter.dump_python(adapter.validate_python(value), mode="json")
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise RequestError(f"recipe field spec.{name}: {reason}; given {value!r}") from error
+def _checked_values(section: str, kind: str, given: Any, allowed: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    """The named values as JSON has them, each checked as the structure itself would."""
+    if not isinstance(given, dict):
+        raise RequestError(f"recipe field {section}: expected {kind} by name; given {given!r}")
+    checked = {}
+    for name, value in given.items():
+        if not allowed:
+            raise RequestError(f"recipe field {section}.{name}: there is no {kind}")
+        if name not in allowed:
+            raise unknown_name(kind, str(name), allowed)
+        field = allowed[name]
+        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+        try:
+            checked[name] = adapter.dump_python(adapter.validate_python(value), mode="json")
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise RequestError(f"recipe field {section}.{name}: {reason}; given {value!r}") from error
+    return checked
 
 
 def _free_sizes(structure: str) -> list[str]:
@@ -180,8 +245,9 @@ POCKET_DEFAULTS: dict[str, Any] = {
         "sequence_length": 256,
         "learning_rate": 1e-3,
         "warmup_steps": 6,
+        "phases": [],
     },
-    "evaluation": {"data": "bundled", "window": None, "stride": None, "bos": None},
+    "evaluation": {"protocol": "window", "data": "bundled", "window": None, "stride": None, "bos": None},
 }
 
 

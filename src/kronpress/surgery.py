@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from kronpress.layers import StructuredLinear
@@ -79,6 +83,22 @@ def dense_layer(structured: StructuredLinear) -> nn.Module:
     layer.weight = nn.Parameter(weight)
     layer.bias = bias  # type: ignore[assignment]
     return layer
+
+
+@contextmanager
+def healing_parametrizations(model: nn.Module) -> Iterator[None]:
+    """Inside the block, layers whose structure asks for it are trained through their `healing_parametrization`."""
+    changed = []
+    try:
+        for layer in structured_layers(model).values():
+            parametrization = layer.structure.healing_parametrization(layer.factors, layer.options)
+            if parametrization is not None:
+                parametrize.register_parametrization(layer, "weight", parametrization)
+                changed.append(layer)
+        yield
+    finally:
+        for layer in changed:
+            parametrize.remove_parametrizations(layer, "weight")
 
 
 def to_dense_(model: nn.Module) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -28,17 +28,25 @@ BUNDLED_PARTS = {"train": "heal", "validation": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set on the Hugging Face Hub: where its text is, and at which revision."""
+    """A data set on the Hugging Face Hub: where its text is, and at which revision, the newest if None."""
 
     path: str
     config: str | None = None
     revision: str | None = None
+    column: str = TEXT_COLUMN
 
 
 _WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
 BUILT_IN_SETS: dict[str, HubSet] = {
     "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", _WIKITEXT_REVISION),
     "wikitext103": HubSet("Salesforce/wikitext", "wikitext-103-raw-v1", _WIKITEXT_REVISION),
+    # With rare words as <unk>: what Krony-PT measures on.
+    "wikitext2-unk": HubSet("Salesforce/wikitext", "wikitext-2-v1", _WIKITEXT_REVISION),
+    "wikitext103-unk": HubSet("Salesforce/wikitext", "wikitext-103-v1", _WIKITEXT_REVISION),
+    # GPT-2's version, which lm-evaluation-harness has too; the original, in lower case, is `cimec/lambada`.
+    "lambada": HubSet("EleutherAI/lambada_openai", "default"),
+    # The set itself is a script, which `datasets` no longer runs; this is the Hub's own conversion of it.
+    "ptb": HubSet("ptb-text-only/ptb_text_only", revision="refs/convert/parquet", column="sentence"),
     "openwebtext": HubSet("Skylion007/openwebtext", revision="b4325f019c648b1641a1784748667e8b74e5e064"),
 }
 
@@ -84,7 +92,7 @@ def _read_file(path: Path) -> Iterable[str]:
         raise RequestError(f"data {str(path)!r}: the suffix must be one of {', '.join(SUFFIXES)}")
     try:
         rows = Dataset.from_json(str(path)) if path.suffix == ".jsonl" else Dataset.from_parquet(str(path))
-        return list(_column(rows, str(path)))
+        return list(_column(rows, TEXT_COLUMN, str(path)))
     except RequestError:
         raise
     except Exception as error:  # datasets, pyarrow and json raise classes of their own
@@ -118,18 +126,18 @@ def _load_hub(name: str, hub_set: HubSet, split: Split) -> Text:
         raise WorkError(
             f"data {name!r}{known} could not be had from the Hub as {hub_set.path!r}: {_first_line(error)}"
         ) from error
-    return Text(name, _column(rows, name), revision)
+    return Text(name, _column(rows, hub_set.column, name), revision)
 
 
-def _column(rows: Dataset | IterableDataset, name: str) -> Iterable[str]:
-    if TEXT_COLUMN not in (rows.column_names or [TEXT_COLUMN]):
-        raise RequestError(f"data {name!r} has no column {TEXT_COLUMN!r}; it has {', '.join(rows.column_names)}")
-    return (_checked_text(row[TEXT_COLUMN], number, name) for number, row in enumerate(rows))
+def _column(rows: Dataset | IterableDataset, column: str, name: str) -> Iterable[str]:
+    if column not in (rows.column_names or [column]):
+        raise RequestError(f"data {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
+    return (_checked_text(row[column], number, column, name) for number, row in enumerate(rows))
 
 
-def _checked_text(value: object, number: int, name: str) -> str:
+def _checked_text(value: object, number: int, column: str, name: str) -> str:
     if not isinstance(value, str):
-        raise RequestError(f"data {name!r}: row {number} of column {TEXT_COLUMN!r} is {value!r}, not text")
+        raise RequestError(f"data {name!r}: row {number} of column {column!r} is {value!r}, not text")
     return value
 
 
@@ -137,17 +145,40 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_running_text(name: str, split: Split) -> Text:
-    """Like `load_text`, with all documents as one, two newlines between them: what a model is evaluated on.
+@dataclass(frozen=True)
+class RunningText:
+    """One split, read whole: what a model is evaluated on."""
+
+    name: str
+    documents: list[str]
+    revision: str | None
+
+    @property
+    def text(self) -> str:
+        """All documents as one."""
+        return join_documents(self.documents)
+
+
+def load_running_text(name: str, split: Split) -> RunningText:
+    """Like `load_text`, with all documents read.
 
     Raises:
         RequestError: there is no text in it.
     """
     text = load_text(name, split)
-    joined = "\n\n".join(text.documents)
-    if not joined.strip():
+    documents = list(text.documents)
+    if not any(document.strip() for document in documents):
         raise RequestError(f"data {name!r} ({split}): there is no text in it")
-    return replace(text, documents=[joined])
+    return RunningText(name, documents, text.revision)
+
+
+def join_documents(text: str | Sequence[str]) -> str:
+    """The documents as one text with two newlines between them, as is usual for WikiText; one text is left as it is.
+
+    >>> join_documents(["= Title =", "A line."])
+    '= Title =\\n\\nA line.'
+    """
+    return text if isinstance(text, str) else "\n\n".join(text)
 
 
 def load_train_tokens(tokenizer: PreTrainedTokenizerBase, data: str | list[str], num_tokens: int) -> Tensor:

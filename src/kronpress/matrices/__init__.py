@@ -2,11 +2,11 @@
 
 from kronpress.matrices.kronecker import Kronecker
 from kronpress.matrices.low_rank import LowRank
-from kronpress.matrices.structured_matrix import Spec, StructuredMatrix
+from kronpress.matrices.structured_matrix import Options, Spec, StructuredMatrix
 
 STRUCTURES: dict[str, type[StructuredMatrix]] = {
     "kronecker": Kronecker,
     "low_rank": LowRank,
 }
 
-__all__ = ["STRUCTURES", "Kronecker", "LowRank", "Spec", "StructuredMatrix"]
+__all__ = ["STRUCTURES", "Kronecker", "LowRank", "Options", "Spec", "StructuredMatrix"]

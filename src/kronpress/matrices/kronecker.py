@@ -6,12 +6,14 @@ n = n1·n2; k terms counted by i; t tokens. (A ⊗ B)[p·m2 + q, a·n2 + b] = A[
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
-from pydantic import PositiveInt
-from torch import Tensor
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
 
 from kronpress.errors import RequestError
-from kronpress.matrices.structured_matrix import Factors, Spec, StructuredMatrix
+from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 from kronpress.matrices.svd import balanced_svd
 
 
@@ -21,6 +23,22 @@ class KroneckerSpec(Spec):
     left_shape: tuple[PositiveInt, PositiveInt]
     right_shape: tuple[PositiveInt, PositiveInt]
     num_terms: PositiveInt = 1
+
+
+class KroneckerOptions(Options):
+    """The start of a Kronecker sum: the nearest one, or one of Krony-PT's other two (arXiv 2412.12351).
+
+    `prune_small_factor` is the second entry of B in the start `prune`: 0.1 as in the paper if None.
+    """
+
+    start: Literal["van_loan", "adaptive", "prune"] = "van_loan"
+    prune_small_factor: Annotated[float, Field(ge=-1, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _small_factor_of_prune(self) -> KroneckerOptions:
+        if self.prune_small_factor is not None and self.start != "prune":
+            raise ValueError(f"prune_small_factor is set, and start is {self.start}, not prune")
+        return self
 
 
 class Kronecker(StructuredMatrix):
@@ -38,6 +56,7 @@ class Kronecker(StructuredMatrix):
     """
 
     Spec = KroneckerSpec
+    Options = KroneckerOptions
 
     @staticmethod
     def factor_shapes(out_features: int, in_features: int, spec: KroneckerSpec) -> dict[str, tuple[int, ...]]:
@@ -85,24 +104,64 @@ class Kronecker(StructuredMatrix):
         return w.reshape(m1 * m2, n1 * n2)
 
     @staticmethod
-    def fit(weight: Tensor, spec: KroneckerSpec) -> dict[str, Tensor]:
-        """The best k-term sum in Frobenius norm (Van Loan & Pitsianis 1993).
+    def check_options(spec: KroneckerSpec, options: KroneckerOptions) -> None:
+        if options.start == "prune" and (sorted(spec.right_shape) != [1, 2] or spec.num_terms != 1):
+            (m2, n2), k = spec.right_shape, spec.num_terms
+            raise RequestError(
+                f"start prune with right_shape {m2}×{n2} and num_terms {k}: it needs one term with 1×2 or 2×1"
+            )
 
-        Each m2×n2 block of W becomes one row of R (m1·n1, m2·n2); then ‖W − Σ A_i ⊗ B_i‖ = ‖R − Σ vec A_i
-        vec B_iᵀ‖, whose minimum is the truncated SVD of R. Its singular values are split evenly over the
-        two factors. The squared error is the sum of the discarded squared singular values of R.
+    @staticmethod
+    def fit(weight: Tensor, spec: KroneckerSpec, *, options: KroneckerOptions | None = None) -> dict[str, Tensor]:
+        """The best k-term sum in Frobenius norm, or another start by `options`.
+
+        `van_loan` (Van Loan & Pitsianis 1993): each m2×n2 block of W becomes one row of R (m1·n1, m2·n2); then
+        ‖W − Σ A_i ⊗ B_i‖ = ‖R − Σ vec A_i vec B_iᵀ‖, whose minimum is the truncated SVD of R. Its singular values
+        are split evenly over the two factors. The squared error is the sum of the discarded squared singular
+        values of R.
+
+        `adaptive`: the same with every A_i times ‖W‖ / ‖Ŵ‖, so that Ŵ is as large as W; see
+        `healing_parametrization`. `prune`: A is every second column of W, B = [1, s], or every second row and
+        B = [1, s]ᵀ, with s the `prune_small_factor`.
 
         Args:
             weight: W, (out_features, in_features).
+
+        Raises:
+            RequestError: `spec` does not fit the shape, or `options` do not fit `spec`.
         """
+        options = options or KroneckerOptions()
         out_features, in_features = weight.shape
         Kronecker.factor_shapes(out_features, in_features, spec)
+        Kronecker.check_options(spec, options)
         (m1, n1), (m2, n2), k = spec.left_shape, spec.right_shape, spec.num_terms
-        blocks = weight.to(torch.float64).reshape(m1, m2, n1, n2).permute(0, 2, 1, 3)  # (p, a, q, b)
-        a, b = balanced_svd(blocks.reshape(m1 * n1, m2 * n2), k)  # (p a, i), (i, q b)
-        left = a.reshape(m1, n1, k).mT
-        right = b.reshape(k, m2, n2).transpose(0, 1)
+        if options.start == "prune":
+            left = weight[::m2, None, ::n2]
+            small = 0.1 if options.prune_small_factor is None else options.prune_small_factor
+            right = weight.new_tensor([1.0, small]).reshape(m2, 1, n2)
+        else:
+            blocks = weight.to(torch.float64).reshape(m1, m2, n1, n2).permute(0, 2, 1, 3)  # (p, a, q, b)
+            a, b = balanced_svd(blocks.reshape(m1 * n1, m2 * n2), k)  # (p a, i), (i, q b)
+            if options.start == "adaptive":
+                # The terms are orthogonal, each as large as the square of its half in `a`.
+                captured = torch.linalg.vector_norm(a.square().sum(0))
+                a = a * (torch.linalg.vector_norm(blocks) / captured if captured > 0 else 1)
+            left = a.reshape(m1, n1, k).mT
+            right = b.reshape(k, m2, n2).transpose(0, 1)
         return {"weight": left.to(weight.dtype).contiguous(), "right": right.to(weight.dtype).contiguous()}
+
+    @staticmethod
+    def healing_parametrization(factors: Factors, options: KroneckerOptions) -> nn.Module | None:
+        """For the start `adaptive`, A_i = s_i A'_i with a learnable s_i and ‖A'_i‖ = ‖B_i‖.
+
+        The scalars are read off the factors: in the start itself they are ‖W‖ / ‖Ŵ‖ for every term, and nothing
+        has to be stored for them.
+        """
+        if options.start != "adaptive":
+            return None
+        left, right = (factors[name].detach().square().sum((0, 2)).sqrt() for name in ("weight", "right"))
+        usable = (left > 0) & (right > 0)  # a term of zeros is left as it is
+        return _TermScale(torch.where(usable, left / right, 1.0))
 
     @classmethod
     def candidate_specs(  # type: ignore[override]
@@ -146,6 +205,20 @@ class Kronecker(StructuredMatrix):
         if num_terms is not None and num_terms > most_of_all:
             raise RequestError(f"num_terms {num_terms}: {most_of_all} already represent every matrix of this shape")
         return specs
+
+
+class _TermScale(nn.Module):
+    """weight[p, i, a] = s_i · unscaled[p, i, a] with learnable s (k,)."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale)
+
+    def forward(self, unscaled: Tensor) -> Tensor:
+        return unscaled * self.scale[:, None]
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / self.scale.detach()[:, None]
 
 
 def divisors(number: int) -> list[int]:

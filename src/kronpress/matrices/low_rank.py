@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from kronpress.errors import RequestError
-from kronpress.matrices.structured_matrix import Factors, Spec, StructuredMatrix
+from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 from kronpress.matrices.svd import balanced_svd
 
 
@@ -49,7 +49,7 @@ class LowRank(StructuredMatrix):
         return torch.einsum("ors,ri->oi", factors["weight"], factors["right"])
 
     @staticmethod
-    def fit(weight: Tensor, spec: LowRankSpec) -> dict[str, Tensor]:
+    def fit(weight: Tensor, spec: LowRankSpec, *, options: Options | None = None) -> dict[str, Tensor]:
         """The truncated singular value decomposition of `weight` (out_features, in_features) (Eckart & Young 1936)."""
         out_features, in_features = weight.shape
         LowRank.factor_shapes(out_features, in_features, spec)

@@ -1,8 +1,9 @@
 """The abstract base of all structures: a matrix W that is stored, multiplied and fitted as a few factors.
 
-A structure is one file with one subclass. It gives a `Spec` and five functions, and the laws that they obey
-are checked for every structure by tests/contract. The functions are static and take the factors as a
-dictionary of tensors, so that a layer may own the factors as parameters under its own name.
+A structure is one file with one subclass. It gives a `Spec`, `Options` of its fit where there is a choice, and
+five functions; the laws that they obey are checked for every structure by tests/contract. The functions are
+static and take the factors as a dictionary of tensors, so that a layer may own the factors as parameters under
+its own name.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Options(BaseModel):
+    """How a structure is fitted to a dense weight: frozen and strict like `Spec`. Most structures leave no choice."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
 class StructuredMatrix(nn.Module):
     """W of shape (out_features, in_features), held as factors instead of entries.
 
@@ -34,6 +41,7 @@ class StructuredMatrix(nn.Module):
     """
 
     Spec: ClassVar[type[Spec]]
+    Options: ClassVar[type[Options]] = Options
 
     def __init__(
         self,
@@ -42,15 +50,21 @@ class StructuredMatrix(nn.Module):
         spec: Any,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        options: Any = None,
     ) -> None:
         """Factors drawn at random so that Var W_ij = 1 / in_features.
 
+        Args:
+            options: how the factors are, or will be, fitted; the structure's default if None.
+
         Raises:
-            RequestError: `spec` does not fit the shape.
+            RequestError: `spec` does not fit the shape, or `options` do not fit `spec`.
         """
         super().__init__()
         self.out_features, self.in_features, self.spec = out_features, in_features, spec
+        self.options = self.Options() if options is None else options
         shapes = self.factor_shapes(out_features, in_features, spec)
+        self.check_options(spec, self.options)
         # W_ij is a sum of `num_paths` products of one entry from each factor.
         num_paths = self.num_paths(spec)
         std = (in_features * num_paths) ** (-0.5 / len(shapes))
@@ -82,10 +96,11 @@ class StructuredMatrix(nn.Module):
 
     @staticmethod
     @abstractmethod
-    def fit(weight: Tensor, spec: Any) -> dict[str, Tensor]:
+    def fit(weight: Tensor, spec: Any, *, options: Any = None) -> dict[str, Tensor]:
         """The factors whose W is nearest to `weight` (out_features, in_features) in Frobenius norm.
 
-        Computed in float64, returned in the dtype of `weight`; loads strictly into an instance.
+        Computed in float64, returned in the dtype of `weight`; loads strictly into an instance. `options` other
+        than the default may ask for factors that are not the nearest.
         """
 
     @classmethod
@@ -99,14 +114,29 @@ class StructuredMatrix(nn.Module):
             RequestError: a fixed field does not fit the shape, or a free count has no `max_params` to bound it.
         """
 
+    # ---- what a structure may give ----
+
+    @staticmethod
+    def check_options(spec: Any, options: Any) -> None:
+        """RequestError if a matrix of these sizes cannot be fitted in that way."""
+
+    @staticmethod
+    def healing_parametrization(factors: Factors, options: Any) -> nn.Module | None:
+        """What the factor `weight` is computed from while it is healed; None: it is trained as it is.
+
+        The module's `forward` gives `weight`, its `right_inverse` what is trained in its stead
+        (`torch.nn.utils.parametrize`).
+        """
+        return None
+
     # ---- what every structure has ----
 
     @classmethod
-    def from_dense(cls, weight: Tensor, spec: Any) -> Self:
-        """The structured matrix nearest to `weight` (out_features, in_features), in its dtype, on its device."""
+    def from_dense(cls, weight: Tensor, spec: Any, *, options: Any = None) -> Self:
+        """The structured matrix fitted to `weight` (out_features, in_features), in its dtype, on its device."""
         out_features, in_features = weight.shape
-        matrix = cls(out_features, in_features, spec, dtype=weight.dtype, device="meta")
-        matrix.load_state_dict(cls.fit(weight, spec), strict=True, assign=True)
+        matrix = cls(out_features, in_features, spec, dtype=weight.dtype, device="meta", options=options)
+        matrix.load_state_dict(cls.fit(weight, spec, options=options), strict=True, assign=True)
         return matrix
 
     @property

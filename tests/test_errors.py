@@ -1,0 +1,238 @@
+"""Every message and exit code of docs/errors.md is what its command gives, and a failure leaves everything as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers.modeling_utils
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kronpress import cli, healing
+
+PAGE = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```console\n\$ kronpress (.+)\nkronpress: error: (.+)\n\$ echo \$\?\n(\d)\n```")
+SECTIONS = {
+    title: BLOCK.findall(body) for title, body in re.findall(r"^### (.+)\n((?:(?!^##).*\n)*)", PAGE, re.MULTILINE)
+}
+CASES = [(title, *block) for title, blocks in SECTIONS.items() for block in blocks]
+
+
+# ---- what each section of the page is about: made in the current folder, beside `dense` and `small` ----
+
+
+def misfit(tools: SimpleNamespace) -> None:
+    tools.save(tools.model("gpt2", vocab_size=200), Path("misfit"))
+
+
+def other_vocabulary(tools: SimpleNamespace) -> None:
+    tools.save(tools.model("gpt2", vocab_size=310), Path("other"))
+
+
+def short_texts(tools: SimpleNamespace) -> None:
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("a")
+
+
+def latin_1(tools: SimpleNamespace) -> None:
+    Path("latin-1.txt").write_text("café", encoding="latin-1")
+
+
+def copy_of_small(name: str) -> Path:
+    """The weights of a copy of `small`."""
+    return Path(shutil.copytree("small", name)) / "model.safetensors"
+
+
+def truncated(tools: SimpleNamespace) -> None:
+    path = copy_of_small("truncated")
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def altered(tools: SimpleNamespace) -> None:
+    def resave(name: str, tensor: str, change: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
+        path = copy_of_small(name)
+        tensors = load_file(path)
+        tensors.update({tensor: changed for changed in change(tensors.pop(tensor))})
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    resave("without-a-tensor", "transformer.h.1.mlp.c_fc.right", lambda _: [])
+    resave("without-a-dense-tensor", "transformer.h.1.attn.c_attn.weight", lambda _: [])
+    resave("another-shape", "transformer.h.1.mlp.c_fc.right", lambda right: [right.transpose(0, 2).contiguous()])
+    for name, place in (("flipped-bit", -1), ("damaged-header", 8)):
+        path = copy_of_small(name)
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+
+
+def newer(tools: SimpleNamespace) -> None:
+    path = copy_of_small("newer").with_name("config.json")
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format_version"] = 99
+    path.write_text(json.dumps(config))
+
+
+def not_finite(tools: SimpleNamespace) -> None:
+    for name, value in (("with-nan", math.nan), ("with-infinity", -math.inf)):
+        model = tools.model("gpt2")
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_proj.weight[3, 4] = value
+        tools.save(model, Path(name))
+
+
+def nan_at_the_third_step(tools: SimpleNamespace) -> None:
+    loss, calls = healing.language_model_loss, itertools.count(1)
+    tools.monkeypatch.setattr(
+        healing, "language_model_loss", lambda *given: loss(*given) * (math.nan if next(calls) == 3 else 1)
+    )
+
+
+def full_disk(tools: SimpleNamespace) -> None:
+    def save_half(tensors: object, path: str, metadata: object) -> None:
+        Path(path).write_bytes(b"half of the")
+        # What safetensors raises on a full disk.
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    tools.monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", save_half)
+
+
+def nothing(tools: SimpleNamespace) -> None:
+    pass
+
+
+MADE = {
+    "A budget that cannot be reached": nothing,
+    "A shape that does not factor": nothing,
+    "An unknown recipe, field or command": nothing,
+    "A tokenizer that does not fit the model": misfit,
+    "Teacher and student with different vocabularies": other_vocabulary,
+    "Empty text": short_texts,
+    "Text that is too short": short_texts,
+    "Text that is not UTF-8": latin_1,
+    "Weights that are cut short": truncated,
+    "Weights that were altered": altered,
+    "A checkpoint of a newer format": newer,
+    "NaN or infinity in a weight": not_finite,
+    "A loss that becomes NaN in healing": nan_at_the_third_step,
+    "A full disk": full_disk,
+}
+
+
+# ---- the tests ----
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory, tiny_model, save_tiny_checkpoint, tiny_text) -> Path:
+    """`dense`, `small`, `text.txt` and `half.yaml`, which are the same for every case."""
+    folder = tmp_path_factory.mktemp("errors")
+    save_tiny_checkpoint(tiny_model("gpt2"), folder / "dense")
+    (folder / "text.txt").write_text(tiny_text, encoding="utf-8")
+    recipe = {
+        **{"name": "half", "model": "dense", "targets": "mlp", "structure": "kronecker"},
+        "spec": {"right_shape": [1, 2], "num_terms": 1},
+        "healing": {"data": "text.txt", "max_steps": 4, "save_steps": 1, "sequence_length": 16},
+        "evaluation": {"data": "text.txt"},
+    }
+    (folder / "half.yaml").write_text(json.dumps(recipe))
+    names = {name: str(folder / name) for name in ("dense", "half.yaml", "small")}
+    code, message = call("compress", names["dense"], "--recipe", names["half.yaml"], "--out", names["small"])
+    assert code == 0, message
+    return folder
+
+
+@pytest.fixture
+def tools(made_once, tmp_path, monkeypatch, tiny_model, save_tiny_checkpoint) -> SimpleNamespace:
+    """What a section's function needs; the current folder is a new one with what was made once."""
+    shutil.copytree(made_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return SimpleNamespace(model=tiny_model, save=save_tiny_checkpoint, monkeypatch=monkeypatch)
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    """The exit code, and the last line on standard error."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = cli.main(list(arguments))
+    return code, (errors.getvalue().splitlines() or [""])[-1]
+
+
+def content() -> dict[str, bytes]:
+    """The current folder's files; a run's training checkpoints are meant to stay, and are not among them."""
+    files = (path for path in Path().rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in files if path.parts[0] != ".out.healing"}
+
+
+def pattern(message: str) -> str:
+    """The page's message as a regular expression."""
+    return ".+".join(map(re.escape, message.replace("DIR", str(Path.cwd().resolve())).split("…")))
+
+
+def test_every_section_and_block_of_the_page_is_tested():
+    assert list(SECTIONS) == list(MADE)
+    assert all(SECTIONS.values())
+    assert len(CASES) == PAGE.count("```console") == PAGE.count("```") / 2
+
+
+@pytest.mark.parametrize(("title", "command", "message", "code"), CASES, ids=[command for _, command, *_ in CASES])
+def test_the_message_is_that_of_the_page(tools, title, command, message, code):
+    MADE[title](tools)
+    before = content()
+    ended, printed = call(*shlex.split(command))
+    assert re.fullmatch(pattern(f"kronpress: error: {message}"), printed), printed
+    assert ended == int(code)
+    assert content() == before
+
+
+@pytest.mark.parametrize(
+    ("title", "command"), [(title, command) for title, command, *_ in CASES if "--out" in command], ids=lambda x: x
+)
+def test_what_the_output_folder_held_is_still_there(tools, title, command):
+    MADE[title](tools)
+    Path("out").mkdir()
+    Path("out/notes.txt").write_text("mine")
+    before = content()
+    assert call(*shlex.split(command), "--overwrite")[0] in (1, 2)
+    assert content() == before
+
+
+def test_sections_stand_under_the_heading_of_their_exit_code():
+    wrong, failed = PAGE.split("## The work failed")
+    assert {code for *_, code in BLOCK.findall(wrong)} == {"2"}
+    assert {code for *_, code in BLOCK.findall(failed)} == {"1"}
+
+
+@pytest.mark.parametrize("targets", ["mlp", "blocks"])
+@pytest.mark.parametrize("recipe", ["low-rank", "half.yaml"])
+def test_the_least_possible_budget_is_possible_and_the_least(tools, targets, recipe):
+    given = "plan", "dense", "--recipe", recipe, "--set", f"targets={targets}", "--set"
+    code, message = call(*given, "budget.params=1")
+    assert code == 2
+    least_of_targets, least = map(int, re.search(r"least possible is (\d+) .* (\d+) in the model", message).groups())
+    dense = sum(parameter.numel() for parameter in tools.model("gpt2").parameters())
+    targets_dense = dense - (least - least_of_targets)
+    assert call(*given, f"budget.params={least}") == (0, "")
+    assert call(*given, f"budget.params={least - 1}")[0] == 2
+    assert call(*given, f"budget.kept_of_targets={(least_of_targets + 0.5) / targets_dense}") == (0, "")
+    assert call(*given, f"budget.kept_of_targets={(least_of_targets - 0.5) / targets_dense}")[0] == 2
+
+
+def test_a_healing_stopped_by_nan_goes_on_from_its_last_good_checkpoint(tools):
+    nan_at_the_third_step(tools)
+    assert call("run", "half.yaml", "--out", "out")[0] == 1
+    kept = sorted(path.name for path in Path(".out.healing").glob("checkpoint-*"))
+    assert kept == ["checkpoint-1", "checkpoint-2"]
+    code, message = call("run", "half.yaml", "--out", "out", "--resume")  # its loss is NaN no more
+    assert code == 0, message
+    assert json.loads(Path("out/results.json").read_text())["resumed_at_steps"] == [2]
+    assert not Path(".out.healing").exists()
