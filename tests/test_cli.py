@@ -284,8 +284,8 @@ def test_run_tells_the_whole_story(shop, tmp_path):
 
 
 def test_a_recipe_chooses_the_protocol(shop, tmp_path):
-    options = set_options(model=shop.dense, healing__max_steps=0, evaluation__protocol="krony", evaluation__window=16)
-    ended = call("run", shop.recipe, *options, *shop.data, "--out", tmp_path / "run")
+    options = set_options(model=shop.dense, evaluation__protocol="krony", evaluation__window=16)
+    ended = call("run", shop.recipe, *options, *shop.data, *shop.healing, "--out", tmp_path / "run")
     assert ended.code == 0, ended.err
     assert "protocol krony, window 16, stride 16" in ended.out
     loaded = kp.load_model(str(shop.dense))

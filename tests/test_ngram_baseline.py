@@ -151,10 +151,29 @@ def test_tokens_and_bytes_are_counted_as_evaluate_counts_them(tiny_model, tiny_t
     assert figures["bits_per_byte"] == pytest.approx(np.log2(300) * figures["num_tokens"] / figures["num_bytes"])
 
 
+def test_the_script_measures_the_committed_books(tmp_path, capsys):
+    corpus(0, 40 * 256 + 1).tofile(tmp_path / "tokens.bin")
+    script.main(tmp_path, total_tokens=8192)
+    measured = json.loads(capsys.readouterr().out)
+    committed = json.loads((ROOT / "benchmarks" / "results" / "pocket_ngram.json").read_text(encoding="utf-8"))
+    assert measured["command"] == committed["command"].replace("70200000", "8192")
+    assert measured["fits"][0]["num_tokens"] == 40 * 256 + 1
+    assert 8192 < measured["fits"][1]["num_tokens"] <= 32 * 257
+    for one, other in zip(measured["fits"], committed["fits"], strict=True):
+        assert one["fitted_on"] == other["fitted_on"]
+        for split in ("validation", "test"):
+            assert [one[split][name] for name in ("num_tokens", "num_bytes")] == [
+                other[split][name] for name in ("num_tokens", "num_bytes")
+            ]
+            assert one[split]["perplexity"] > 20 * other[split]["perplexity"]  # six tokens of 4096 were seen
+
+
 def test_the_committed_figures_are_of_the_text_that_the_demo_measures():
     results = ROOT / "benchmarks" / "results"
     (demo,) = json.loads((results / "demo.json").read_text(encoding="utf-8"))["rows"][0]["metrics"].values()
-    yardstick = json.loads((results / "pocket_ngram.json").read_text(encoding="utf-8"))
-    for fit_ in yardstick["fits"]:
-        assert (fit_["test"]["num_tokens"], fit_["test"]["num_bytes"]) == (demo["num_tokens"], demo["num_bytes"])
-    assert yardstick["fits"][0]["num_tokens"] > yardstick["fits"][1]["num_tokens"]
+    for fitted in json.loads((results / "pocket_ngram.json").read_text(encoding="utf-8"))["fits"]:
+        figures = fitted["test"]
+        assert (figures["num_tokens"], figures["num_bytes"]) == (demo["num_tokens"], demo["num_bytes"])
+        assert figures["bits_per_byte"] == pytest.approx(
+            np.log2(figures["perplexity"]) * demo["num_tokens"] / demo["num_bytes"]
+        )
