@@ -328,6 +328,8 @@ def test_demo_compares_krony_96m_with_low_rank_of_the_same_size(shop, tmp_path, 
         "krony-96m, healed",
         "low-rank",
         "low-rank, healed",
+        "dense, 8-bit",
+        "dense, 4-bit",
     ]
     krony, low_rank = (results["rows"][number]["num_params"] for number in (1, 3))
     assert 0.99 * krony < low_rank <= krony < results["rows"][0]["num_params"]
@@ -440,9 +442,9 @@ WRONG_REQUESTS: dict[str, tuple[str, list[str]]] = {
     "one argument too many": ("recipes krony-81m krony-96m", ["krony-96m"]),
     "unknown format": ("export {compressed} --format onyx --out {out}", ["'onyx'", "dense"]),
     "unknown protocol": ("eval {compressed} --data {text} --protocol windw", ["'windw'", "window"]),
-    "protocol too long for the model": (
-        "eval {compressed} --data {text} --protocol krony",
-        ["krony", "1024", "128"],
+    "window too long for the model": (
+        "eval {compressed} --data {text} --protocol krony --window 1024",
+        ["1024", "128"],
     ),
     "how to measure no data": ("eval {compressed} --tasks some --window 8", ["--window", "--data"]),
     "window out of range": ("eval {compressed} --data {text} --window 129", ["129", "128"]),

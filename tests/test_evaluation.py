@@ -204,10 +204,10 @@ def test_krony_has_windows_of_1024_tokens_without_bos(tiny_model, tiny_tokenizer
     assert result.num_tokens == num_ids - math.ceil(num_ids / 1024)
 
 
-def test_a_model_too_short_for_krony_is_told_so_and_not_given_a_smaller_window(tiny_model, tiny_tokenizer):
-    with pytest.raises(kp.RequestError, match="krony reads 1024 tokens at a time and the model at most 128: give"):
-        kp.evaluate(tiny_model("gpt2"), tiny_tokenizer, TEXT, "krony")
-    assert kp.evaluate(tiny_model("gpt2"), tiny_tokenizer, TEXT, "krony", window=128).window == 128
+def test_krony_on_a_model_that_reads_less_says_so(tiny_model, tiny_tokenizer):
+    result = kp.evaluate(tiny_model("gpt2"), tiny_tokenizer, TEXT, "krony")
+    assert result == kp.evaluate(tiny_model("gpt2"), tiny_tokenizer, TEXT, "krony", window=128)
+    assert (result.protocol, result.window) == ("krony", 128)
 
 
 @pytest.mark.parametrize("protocol", ["window", "krony"])

@@ -471,6 +471,7 @@ def test_requests_that_cannot_be_met_change_nothing(tiny_model, tiny_compressed)
         "no teacher": (None, TOKENS, distilled),
         "vocabularies of 300 and 310": (tiny_model("gpt2", vocab_size=310), TOKENS, distilled),
         "15 tokens of text are less than one sequence of 16": (teacher, TOKENS[:15], distilled),
+        "token 300 in the text: the model knows 300 tokens": (teacher, torch.full((64,), 300), distilled),
         "sequence_length 129: the model reads at most 128": (teacher, TOKENS, schedule(sequence_length=129)),
         r"healing\.max_steps or healing\.tokens": (teacher, TOKENS, schedule(max_steps=None)),
     }.items():

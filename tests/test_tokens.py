@@ -184,7 +184,7 @@ def test_every_document_ends_with_the_end_token_if_there_is_one(tmp_path, tiny_t
 
 def test_only_the_documents_that_are_needed_are_read(endless, tiny_tokenizer):
     per_document = len(ids_of(tiny_tokenizer, "the old man")) + 1
-    for num_tokens in (0, 1, 10, 1500 * per_document):
+    for num_tokens in (1, 10, 1500 * per_document):
         endless.clear()
         stream = kp.load_train_tokens(tiny_tokenizer, "set", num_tokens)
         assert len(stream) >= num_tokens
@@ -197,6 +197,20 @@ def test_sets_follow_one_another_and_the_end_is_all_there_is(endless, tiny_token
     stream = kp.load_train_tokens(tiny_tokenizer, ["one", "two"], 10**9)
     assert len(stream) == 10_000 * per_document
     assert endless == [f"{name}/train/{number}" for name in ("one", "two") for number in range(5000)]
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "<|endoftext|>\n\n<|endoftext|>"])
+def test_training_on_no_text_is_refused(tiny_tokenizer, tmp_path, text):
+    (tmp_path / "empty.txt").write_text(text)
+    with pytest.raises(kp.RequestError, match=r"empty.txt' \(train\): there is no text in it"):
+        kp.load_train_tokens(tiny_tokenizer, str(tmp_path / "empty.txt"), 10)
+
+
+def test_blank_documents_leave_no_end_behind(tiny_tokenizer, tmp_path):
+    (tmp_path / "with.txt").write_text("One.\n<|endoftext|>\n \n<|endoftext|>\nTwo.")
+    (tmp_path / "without.txt").write_text("One.\n<|endoftext|>\nTwo.")
+    streams = [kp.load_train_tokens(tiny_tokenizer, str(tmp_path / f"{name}.txt"), 99) for name in ("with", "without")]
+    assert streams[0].tolist() == streams[1].tolist()
 
 
 @given(num_tokens=st.integers(0, 200), length=st.integers(1, 50))

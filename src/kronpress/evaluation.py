@@ -106,8 +106,8 @@ def evaluate(
     Args:
         text: a text, or documents: `window` and `krony` join them by two newlines, to `lambada-last-word` each one is
             a passage (blank ones are left out).
-        window: the most tokens read at a time; if None, 1024 for `krony`, otherwise the model's own limit, at most
-            2048. A passage that is longer loses tokens at its beginning.
+        window: the most tokens read at a time; if None the model's own limit, at most 1024 for `krony` and 2048
+            otherwise. A passage that is longer loses tokens at its beginning.
         stride: `window` only: tokens from one window to the next; `window` if None, so that they do not overlap.
         bos: put the tokenizer's beginning-of-sequence token before the text or passage; if None, with the protocol
             `window` whenever the tokenizer has one, so that the first token is scored as well, and with
@@ -283,14 +283,10 @@ def _krony(
     stride: int | None,
     bos: bool | None,
 ) -> EvaluationResult:
-    limit = longest_context(model)
-    if window is None and limit is not None and limit < KRONY_WINDOW:
-        # No silent default: a smaller window gives a higher perplexity than the published ones.
-        raise RequestError(
-            f"protocol krony reads {KRONY_WINDOW} tokens at a time and the model at most {limit}: "
-            "give a smaller window, and compare with nothing that was measured at another"
-        )
-    window = _checked_window(model, KRONY_WINDOW if window is None else window)
+    if window is None:
+        # The result says so where the model reads less, and no table puts it beside the published 1024.
+        window = min(KRONY_WINDOW, longest_context(model) or KRONY_WINDOW)
+    window = _checked_window(model, window)
     if window < 2:
         raise RequestError(f"window {window}: in protocol krony at least 2, since a window's first token is not scored")
     if stride not in (None, window):

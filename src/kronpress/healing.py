@@ -99,8 +99,9 @@ def heal_(
         progress: called about fifty times in all.
 
     Raises:
-        RequestError: distillation without a teacher, vocabularies that differ, or too little text.
-        WorkError: the loss is not finite.
+        RequestError: distillation without a teacher, vocabularies that differ, too little text, or a token in it
+            that the model does not know.
+        WorkError: the loss or a weight to be saved is not finite; training checkpoints stay.
     """
     num_steps = healing.num_steps
     if healing.distillation_weight > 0:
@@ -115,6 +116,9 @@ def heal_(
     if num_steps == 0:
         return HealingLog(num_steps=0, tokens=0, seconds=0.0, resumed_at_step=None, rows=[])
     sequences = pack(train_tokens, healing.sequence_length)
+    known = num_embeddings(model)
+    if known is not None and sequences.max() >= known:
+        raise RequestError(f"token {sequences.max().item()} in the text: the model knows {known} tokens")
 
     with tempfile.TemporaryDirectory() as scratch, healing_parametrizations(model):
         folder = scratch if work_dir is None else str(work_dir)
@@ -296,7 +300,9 @@ class _HealingTrainer(Trainer):
             distillation = distillation_loss(logits, teacher_logits, self.healing.temperature)
             loss = loss + self.healing.distillation_weight * distillation
         if not math.isfinite(loss.item()):
-            raise WorkError(f"the healing loss is {loss.item()} at step {self.state.global_step}: try a lower rate")
+            raise WorkError(
+                f"the healing loss is {loss.item()} at step {self.state.global_step}: start anew with a lower rate"
+            )
         self.terms.append((language_model.item(), None if distillation is None else distillation.item()))
         return loss
 
@@ -304,7 +310,9 @@ class _HealingTrainer(Trainer):
         # A checkpoint that a step has spoilt would push out the last good one.
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
-                raise WorkError(f"{name!r} holds NaN or infinity after step {self.state.global_step}: try a lower rate")
+                raise WorkError(
+                    f"{name!r} holds NaN or infinity after step {self.state.global_step}: start anew with a lower rate"
+                )
         super()._save_checkpoint(model, trial)
 
 

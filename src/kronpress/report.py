@@ -40,8 +40,7 @@ def results_table(results: dict[str, Any]) -> Table:
     protocols = {_protocol(figures): figures for row in results["rows"] for figures in row["metrics"].values()}
     if len(protocols) > 1:
         raise RequestError(f"figures of different protocols do not go into one table: {'; '.join(protocols)}")
-    (example,) = protocols.values()
-    names, _ = _FIGURES[example["protocol"]]
+    names = [name for figures in protocols.values() for name in _FIGURES[figures["protocol"]][0]]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), caption_justify="left")
     table.add_column("model")
     for title in ("parameters", "MB", *_titles(names)):

@@ -184,18 +184,23 @@ def join_documents(text: str | Sequence[str]) -> str:
 def load_train_tokens(tokenizer: PreTrainedTokenizerBase, data: str | list[str], num_tokens: int) -> Tensor:
     """At least `num_tokens` token ids (num_tokens + some,) of the training splits in `data`, or all there are.
 
-    Every document is followed by the tokenizer's end token, if it has one. Several sets follow one another.
-    Of a Hub set only as many documents are read as are needed.
+    Every document is followed by the tokenizer's end token, if it has one; blank ones are left out. Several sets
+    follow one another. Of a Hub set only as many documents are read as are needed.
+
+    Raises:
+        RequestError: there is no text in it.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     names = [data] if isinstance(data, str) else data
-    documents = (document for name in names for document in load_text(name, "train").documents)
+    documents = (document for name in names for document in load_text(name, "train").documents if document.strip())
     parts: list[Tensor] = []
     while sum(map(len, parts)) < num_tokens and (some := list(islice(documents, 1000))):
         # verbose: the tokenizer's warning about texts longer than the model does not apply to a stream.
         ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
         parts.append(torch.tensor([token for one in ids for token in (*one, *end)], dtype=torch.int32))
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+    if not parts:
+        raise RequestError(f"data {', '.join(map(repr, names))} (train): there is no text in it")
+    return torch.cat(parts)
 
 
 def pack(tokens: Tensor, sequence_length: int) -> Tensor:
