@@ -71,3 +71,39 @@ def test_the_python_snippet_runs(tmp_path, monkeypatch):
     exec(snippet, names)
     assert (tmp_path / "small" / "model.safetensors").is_file()
     assert not hasattr(names["dense"], "hf_quantizer")
+
+
+KRONY_PT = (ROOT / "docs" / "krony-pt.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\| `(kronpress run .*?)` \| ([\d,]+) \|", KRONY_PT, re.MULTILINE))
+def test_commands_of_the_published_rows_plan_what_the_page_says(line):
+    command, total = line
+    words = shlex.split(command)
+    changes = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    recipe = load_recipe(words[2], changes)
+    assert f"{make_plan(load_config(recipe.model), recipe).num_params:,}" == total
+    assert recipe.evaluation.protocol == "krony"
+    assert recipe.healing.tokens == 36_000_000_000
+    phases = [(part.sequences_per_step, part.learning_rate, part.final_learning_rate) for part in recipe.healing.parts]
+    assert phases == [(120, 6e-5, 0.1), (320, 6e-6, 1.0)]
+    assert [part.warmup_steps for part in recipe.healing.parts] == [500, 0]
+
+
+@pytest.mark.parametrize("command", re.findall(r"`(kronpress run .*?)`", KRONY_PT)[::3])
+def test_commands_of_the_published_rows_run_at_a_small_scale(
+    command, tiny_model, save_tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    """All of the command but what has to come from the network, and the length."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_checkpoint(tiny_model("gpt2", n_embd=48, n_head=4), tmp_path / "gpt2")
+    Path("text.txt").write_text("The old man looked at the sea and said nothing. " * 200)
+    small = ["healing.data=text.txt", "evaluation.data=text.txt", "healing.max_steps=9", "healing.sequence_length=16"]
+    assert cli.main([*shlex.split(command)[1:], *(word for change in small for word in ("--set", change))]) == 0, (
+        capsys.readouterr().err
+    )
+    out = Path(shlex.split(command)[-1])
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert [row["stage"] for row in results["rows"]] == ["dense", "compressed", "healed"]
+    assert results["healing"]["tokens"] == 16 * (8 * 120 + 1 * 320)
+    assert {figures["protocol"] for row in results["rows"] for figures in row["metrics"].values()} == {"krony"}
