@@ -13,6 +13,8 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kronpress.errors import RequestError
+from kronpress.matrices.kronecker_in_metric import nearest_sum
+from kronpress.matrices.metric import FitMoments, as_metric
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 from kronpress.matrices.svd import balanced_svd
 
@@ -112,25 +114,32 @@ class Kronecker(StructuredMatrix):
             )
 
     @staticmethod
-    def fit(weight: Tensor, spec: KroneckerSpec, *, options: KroneckerOptions | None = None) -> dict[str, Tensor]:
-        """The best k-term sum in Frobenius norm, or another start by `options`.
+    def fit(
+        weight: Tensor, spec: KroneckerSpec, moments: FitMoments = None, options: KroneckerOptions | None = None
+    ) -> dict[str, Tensor]:
+        """The best k-term sum in Frobenius norm or in the metric of `moments`, or another start by `options`.
 
         `van_loan` (Van Loan & Pitsianis 1993): each m2×n2 block of W becomes one row of R (m1·n1, m2·n2); then
         ‖W − Σ A_i ⊗ B_i‖ = ‖R − Σ vec A_i vec B_iᵀ‖, whose minimum is the truncated SVD of R. Its singular values
         are split evenly over the two factors. The squared error is the sum of the discarded squared singular
-        values of R.
+        values of R. With moments: kronecker_in_metric.py.
 
         `adaptive`: the same with every A_i times ‖W‖ / ‖Ŵ‖, so that Ŵ is as large as W; see
         `healing_parametrization`. `prune`: A is every second column of W, B = [1, s], or every second row and
-        B = [1, s]ᵀ, with s the `prune_small_factor`.
+        B = [1, s]ᵀ, with s the `prune_small_factor`. Both are starts for training and take no moments.
 
         Args:
             weight: W, (out_features, in_features).
 
         Raises:
-            RequestError: `spec` does not fit the shape, or `options` do not fit `spec`.
+            RequestError: `spec` does not fit the shape, `options` do not fit `spec`, or there are moments with a
+                start that does not use them, or of another size.
+            WorkError: `moments` hold NaN or infinity.
         """
         options = options or KroneckerOptions()
+        metric = as_metric(moments, weight)
+        if metric is not None and options.start != "van_loan":
+            raise RequestError(f"start {options.start} is not fitted to inputs: leave out the moments")
         out_features, in_features = weight.shape
         Kronecker.factor_shapes(out_features, in_features, spec)
         Kronecker.check_options(spec, options)
@@ -139,6 +148,9 @@ class Kronecker(StructuredMatrix):
             left = weight[::m2, None, ::n2]
             small = 0.1 if options.prune_small_factor is None else options.prune_small_factor
             right = weight.new_tensor([1.0, small]).reshape(m2, 1, n2)
+        elif metric is not None:
+            a, b = nearest_sum(weight.to(torch.float64), (m1, n1), (m2, n2), k, metric)
+            left, right = a.transpose(0, 1), b.transpose(0, 1)
         else:
             blocks = weight.to(torch.float64).reshape(m1, m2, n1, n2).permute(0, 2, 1, 3)  # (p, a, q, b)
             a, b = balanced_svd(blocks.reshape(m1 * n1, m2 * n2), k)  # (p a, i), (i, q b)

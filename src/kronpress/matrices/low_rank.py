@@ -7,6 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from kronpress.errors import RequestError
+from kronpress.matrices.metric import FitMoments, as_metric, square_root
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 from kronpress.matrices.svd import balanced_svd
 
@@ -49,11 +50,35 @@ class LowRank(StructuredMatrix):
         return torch.einsum("ors,ri->oi", factors["weight"], factors["right"])
 
     @staticmethod
-    def fit(weight: Tensor, spec: LowRankSpec, *, options: Options | None = None) -> dict[str, Tensor]:
-        """The truncated singular value decomposition of `weight` (out_features, in_features) (Eckart & Young 1936)."""
+    def fit(
+        weight: Tensor, spec: LowRankSpec, moments: FitMoments = None, options: Options | None = None
+    ) -> dict[str, Tensor]:
+        """The truncated singular value decomposition of `weight` (out_features, in_features) (Eckart & Young 1936).
+
+        With moments, the nearest in their metric tr(G ΔW C ΔWᵀ): the SVD of G^½ W C^½ is U Σ Vᵀ, and Ŵ is
+        G^-½ U_r U_rᵀ G^½ W, in which C is not inverted: a singular C does no harm. The error is the sum of the
+        discarded squared singular values. Without G this is SVD-LLM's optimum (arXiv 2403.07378).
+        """
         out_features, in_features = weight.shape
         LowRank.factor_shapes(out_features, in_features, spec)
-        u, v = balanced_svd(weight.to(torch.float64), spec.rank)
+        metric = as_metric(moments, weight)
+        w = weight.to(torch.float64)
+        if metric is None:
+            u, v = balanced_svd(w, spec.rank)
+        else:
+            output_root, output_inverse = (None, None) if metric.output is None else square_root(metric.output)
+            if output_root is not None:
+                w = output_root @ w
+            seen = w if metric.input is None else w @ square_root(metric.input, floor=0)[0]
+            scaled_u, _ = balanced_svd(seen, spec.rank)  # U Σ^½
+            u = scaled_u / torch.linalg.vector_norm(scaled_u, dim=0).clamp(min=torch.finfo(w.dtype).tiny)
+            v = u.mT @ w
+            if output_inverse is not None:
+                u = output_inverse @ u
+            # Each pair shares its size evenly, as in the SVD.
+            sizes = torch.linalg.vector_norm(u, dim=0), torch.linalg.vector_norm(v, dim=1)
+            ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[1] / sizes[0], 1.0).sqrt()
+            u, v = u * ratio, v / ratio[:, None]
         return {"weight": u.to(weight.dtype)[..., None].contiguous(), "right": v.to(weight.dtype).contiguous()}
 
     @classmethod

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kronpress.matrices.metric import FitMoments
+
 Factors = Mapping[str, Tensor]
 
 
@@ -96,11 +98,16 @@ class StructuredMatrix(nn.Module):
 
     @staticmethod
     @abstractmethod
-    def fit(weight: Tensor, spec: Any, *, options: Any = None) -> dict[str, Tensor]:
-        """The factors whose W is nearest to `weight` (out_features, in_features) in Frobenius norm.
+    def fit(weight: Tensor, spec: Any, moments: FitMoments = None, options: Any = None) -> dict[str, Tensor]:
+        """The factors whose W is nearest to `weight` (out_features, in_features).
 
-        Computed in float64, returned in the dtype of `weight`; loads strictly into an instance. `options` other
-        than the default may ask for factors that are not the nearest.
+        Nearest in Frobenius norm, or in the metric of `moments`: E[x xᵀ] (in_features, in_features) of the layer's
+        inputs, InputMoments, or a Metric. Computed in float64, returned in the dtype of `weight`; loads strictly
+        into an instance. `options` other than the default may ask for factors that are not the nearest.
+
+        Raises:
+            RequestError: `spec` does not fit the shape, `options` do not fit `spec`, or `moments` are of another size.
+            WorkError: `moments` hold NaN or infinity.
         """
 
     @classmethod
@@ -132,11 +139,11 @@ class StructuredMatrix(nn.Module):
     # ---- what every structure has ----
 
     @classmethod
-    def from_dense(cls, weight: Tensor, spec: Any, *, options: Any = None) -> Self:
+    def from_dense(cls, weight: Tensor, spec: Any, moments: FitMoments = None, options: Any = None) -> Self:
         """The structured matrix fitted to `weight` (out_features, in_features), in its dtype, on its device."""
         out_features, in_features = weight.shape
         matrix = cls(out_features, in_features, spec, dtype=weight.dtype, device="meta", options=options)
-        matrix.load_state_dict(cls.fit(weight, spec, options=options), strict=True, assign=True)
+        matrix.load_state_dict(cls.fit(weight, spec, moments, options), strict=True, assign=True)
         return matrix
 
     @property

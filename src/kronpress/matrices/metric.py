@@ -1,0 +1,97 @@
+"""The norm in which a fit is nearest: the error of the layer's output on real inputs, as far as the loss feels it.
+
+Letters: W (m, n); inputs x (n,); C = E[x xᵀ] (n, n); G (m, m) says how the loss responds to the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronpress.errors import RequestError, WorkError
+from kronpress.matrices.moments import InputMoments
+from kronpress.matrices.svd import balanced_svd
+
+# Directions in which a metric is smaller than this fraction of its largest are treated as if it were so large:
+# nothing is known of them, and their inverse must stay finite.
+FLOOR = 1e-7
+
+
+@dataclass(frozen=True)
+class Metric:
+    """‖ΔW‖² = tr(G ΔW C ΔWᵀ) with symmetric positive semi-definite C (`input`) and G (`output`); None is the identity.
+
+    With C the second moment of the inputs and no G this is the mean squared error of the layer's output, E‖ΔW x‖².
+    With G = E[g gᵀ] of the loss's gradients g by the output as well, half of it is what the loss rises by to second
+    order, inputs and gradients taken as independent (Martens & Grosse 2015, section 3).
+    """
+
+    input: Tensor | None = None
+    output: Tensor | None = None
+
+    def squared_norm(self, difference: Tensor) -> float:
+        """tr(G ΔW C ΔWᵀ) for ΔW (m, n)."""
+        d = difference.to(torch.float64)
+        right = d if self.input is None else d @ self.input.to(d)
+        left = d if self.output is None else self.output.to(d) @ d
+        return (left * right).sum().item()
+
+
+# What a fit accepts: see `as_metric`.
+FitMoments = InputMoments | Metric | Tensor | None
+
+
+def as_metric(moments: FitMoments, weight: Tensor) -> Metric | None:
+    """The metric that `moments` ask for, in float64 on the weight's device: a tensor is C, InputMoments their `second`.
+
+    Raises:
+        RequestError: its sizes are not those of `weight` (m, n).
+        WorkError: it holds NaN or infinity.
+    """
+    if moments is None:
+        return None
+    if isinstance(moments, InputMoments):
+        moments = Metric(moments.second)
+    elif isinstance(moments, Tensor):
+        moments = Metric(moments)
+    sides: list[Tensor | None] = []
+    for side, size in ((moments.input, weight.shape[1]), (moments.output, weight.shape[0])):
+        if side is not None:
+            if side.shape != (size, size):
+                raise RequestError(
+                    f"moments of shape {tuple(side.shape)} for a weight of {tuple(weight.shape)}: "
+                    f"expected {(size, size)}"
+                )
+            if not side.isfinite().all():
+                raise WorkError("the moments hold NaN or infinity")
+            side = side.to(weight.device, torch.float64)
+        sides.append(side)
+    return Metric(*sides)
+
+
+def square_root(matrix: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
+    """S = M^½ and its inverse, both symmetric, of a positive semi-definite M (size, size).
+
+    Eigenvalues below `floor` times the largest are raised to it. With a floor of 0 the root is that of M itself and
+    the inverse is of use only if M is regular; a zero matrix has a zero root and inverse.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    largest = values[-1].clamp(min=0)
+    if largest == 0:
+        return torch.zeros_like(matrix), torch.zeros_like(matrix)
+    values = values.clamp(min=floor * largest).sqrt()
+    return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
+
+
+def separable(matrix: Tensor, size1: int, size2: int) -> tuple[Tensor, Tensor]:
+    """The nearest M1 ⊗ M2 (Van Loan & Pitsianis 1993) to a positive semi-definite M (size1·size2, size1·size2).
+
+    Both factors are positive semi-definite, as is the best pair for such an M.
+    """
+    blocks = matrix.reshape(size1, size2, size1, size2).permute(0, 2, 1, 3)
+    left, right = balanced_svd(blocks.reshape(size1**2, size2**2), 1)
+    first, second = left.reshape(size1, size1), right.reshape(size2, size2)
+    sign = torch.sign(first.trace())
+    return sign * (first + first.mT) / 2, sign * (second + second.mT) / 2

@@ -1,0 +1,23 @@
+"""What calibration measures of one layer, and what a fit is nearest by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Second moment and mean of one layer's input over `num_tokens` tokens, and how the loss responds to its output.
+
+    All in float64. `second` is E[x xᵀ] (in_features, in_features) and `mean` E[x] (in_features,). `gradient` is
+    E[g gᵀ] (out_features, out_features) of the loss's gradient g by the layer's output, None if not measured.
+    `held_out` is E[x xᵀ] of tokens that are in none of the above, to choose the shrinkage by, None if there are none.
+    """
+
+    second: Tensor
+    mean: Tensor
+    num_tokens: int
+    gradient: Tensor | None = None
+    held_out: Tensor | None = None
