@@ -18,6 +18,7 @@ ORDER = (
     "recipe",
     "families",
     "surgery",
+    "allocation",
     "planning",
     "rivals",
     "tokens",

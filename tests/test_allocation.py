@@ -1,0 +1,65 @@
+"""The allocation is within the budget, near the brute-force optimum, and its bound is a bound."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from kronpress import RequestError
+from kronpress.allocation import allocate
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[dict[str, list[int]], dict[str, list[float]], int]:
+    counts = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    sizes = {f"m{i}": draw(st.lists(st.integers(1, 50), min_size=c, max_size=c)) for i, c in enumerate(counts)}
+    costs = {
+        name: draw(st.lists(st.floats(0, 10), min_size=len(each), max_size=len(each))) for name, each in sizes.items()
+    }
+    least, most = (sum(map(pick, sizes.values())) for pick in (min, max))
+    return sizes, costs, draw(st.integers(least, most))
+
+
+@given(problem=problems())
+@settings(max_examples=300, deadline=None)
+def test_against_every_choice(problem):
+    sizes, costs, budget = problem
+    found = allocate(sizes, costs, budget)
+    assert found.num_params == sum(sizes[name][index] for name, index in found.chosen.items()) <= budget
+    assert found.error == pytest.approx(sum(costs[name][index] for name, index in found.chosen.items()))
+    choices = [
+        dict(zip(sizes, places, strict=True)) for places in product(*(range(len(each)) for each in sizes.values()))
+    ]
+    within = [c for c in choices if sum(sizes[name][index] for name, index in c.items()) <= budget]
+    optimum = min(sum(costs[name][index] for name, index in c.items()) for c in within)
+    assert found.lower_bound <= optimum + 1e-9
+    assert optimum <= found.error + 1e-9
+    # What the Lagrangian can miss is less than what one matrix can gain.
+    assert found.error - optimum <= max(max(each) - min(each) for each in costs.values()) + 1e-9
+
+
+@given(seed=st.integers(0, 2**32), count=st.integers(10, 40), fraction=st.floats(0.05, 0.95))
+@settings(max_examples=30, deadline=None)
+def test_with_many_ranks_the_gap_is_small(seed, count, fraction):
+    generator = np.random.default_rng(seed)
+    sizes, costs = {}, {}
+    for i in range(count):
+        energies = np.sort(generator.exponential(size=100))[::-1] * generator.exponential()
+        sizes[str(i)] = [20 * rank for rank in range(1, 101)]
+        costs[str(i)] = list(energies.sum() - energies.cumsum())
+    found = allocate(sizes, costs, int(fraction * count * 2000) + 20 * count)
+    assert 0 <= found.gap < 0.02
+
+
+def test_all_the_budget_that_helps_is_used():
+    found = allocate({"a": [1, 2, 9]}, {"a": [3.0, 1.0, 1.0]}, budget=100)
+    assert (found.chosen, found.num_params, found.gap) == ({"a": 1}, 2, 0.0)
+
+
+def test_a_budget_below_the_smallest_is_refused():
+    with pytest.raises(RequestError, match="leaves 2 parameters; the smallest candidates have 3"):
+        allocate({"a": [1, 5], "b": [2]}, {"a": [0.0, 0.0], "b": [0.0]}, budget=2)
