@@ -4,6 +4,7 @@ Importing this package registers its checkpoint format with transformers.
 """
 
 from kronpress import matrices
+from kronpress.calibration import Moments, calibrate
 from kronpress.checkpoint import attached_plan, load_model, save_checkpoint, to_dense
 from kronpress.compression import LayerReport, compress_
 from kronpress.errors import RequestError, WorkError
@@ -20,6 +21,7 @@ __all__ = [
     "HealingLog",
     "LayerPlan",
     "LayerReport",
+    "Moments",
     "Plan",
     "Recipe",
     "RequestError",
@@ -27,6 +29,7 @@ __all__ = [
     "WorkError",
     "__version__",
     "attached_plan",
+    "calibrate",
     "compress_",
     "evaluate",
     "heal_",

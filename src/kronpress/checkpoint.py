@@ -215,7 +215,8 @@ def attach_plan_(model: nn.Module, plan: Plan) -> None:
     """Make `save_pretrained` write, and `dequantize` undo, the structured layers. No-op on other modules."""
     if not isinstance(model, PreTrainedModel):
         return
-    config = KronpressConfig(plan=plan.model_dump(mode="json"))
+    # What was not chosen is of no use to a checkpoint, and there is much of it.
+    config = KronpressConfig(plan=plan.model_dump(mode="json", exclude={"allocation": {"candidates"}}))
     model.config.quantization_config = config
     model.hf_quantizer = KronpressQuantizer(config)  # type: ignore[assignment]
     _treat_as_float_(model)

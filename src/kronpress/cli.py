@@ -18,12 +18,12 @@ from transformers.utils import logging as transformers_logging
 
 from kronpress.benchmark import DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, benchmark
 from kronpress.checkpoint import check_writable, load_config, load_model, save_checkpoint, to_dense
-from kronpress.compression import compress_
 from kronpress.errors import RequestError, WorkError, unknown_name
 from kronpress.evaluation import LONGEST_DEFAULT_WINDOW, PROTOCOLS, check_vocabulary, evaluate
+from kronpress.families import GEOMETRIES
 from kronpress.harness import find_tasks, run_tasks
 from kronpress.healing import heal_
-from kronpress.pipeline import Messages
+from kronpress.pipeline import Messages, compress_loaded_, measured_moments
 from kronpress.pipeline import run as run_pipeline
 from kronpress.planning import make_plan
 from kronpress.recipe import POCKET, dump_recipe, load_recipe, recipe_names
@@ -84,10 +84,19 @@ def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="r
 def plan(model: Model, recipe: RecipeOption, changes: SetOption = None, as_json: JsonOption = False) -> None:
     """Show what would be replaced by what; sizes and FLOPs; touches no weight.
 
-    MODEL may also be a bare geometry, such as gpt2, gpt2-medium or llama-2-7b.
+    MODEL may also be a bare geometry, such as gpt2, gpt2-medium or llama-2-7b. A recipe whose allocation is measured
+    needs the model's weights, and calibrates them first.
     """
     resolved = load_recipe(recipe, changes, model)
-    made = make_plan(load_config(model, resolved.revision), resolved)
+    if resolved.allocation == "measured":
+        if model in GEOMETRIES:
+            raise RequestError(
+                f"recipe {resolved.name!r} measures its allocation: {model!r} by name alone has no weights"
+            )
+        loaded = load_model(model, resolved.revision)
+        made = make_plan(loaded.model, resolved, measured_moments(resolved, loaded, _say))
+    else:
+        made = make_plan(load_config(model, resolved.revision), resolved)
     if as_json:
         _print_json(made.model_dump(mode="json"))
         return
@@ -100,16 +109,27 @@ def compress(
     model: Model,
     recipe: RecipeOption,
     out: OutOption,
+    calibration: Annotated[
+        list[str] | None, typer.Option(help="text to calibrate on, in place of the recipe's calibration.data")
+    ] = None,
     changes: SetOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fit and replace, without training, and write the checkpoint."""
     check_writable(out, overwrite)
-    resolved = load_recipe(recipe, changes, model)
+    calibrated_on = [f"calibration.data={json.dumps(calibration)}"] if calibration else []
+    resolved = load_recipe(recipe, [*(changes or []), *calibrated_on], model)
+    if calibration and resolved.weighting.metric == "none":
+        raise RequestError(
+            f"--calibration: recipe {resolved.name!r} fits the weights alone; set weighting.metric=input"
+        )
     loaded = load_model(model, resolved.revision)
-    made = make_plan(loaded.model, resolved)
-    layers = compress_(loaded.model, made, progress=lambda name, done, total: _say(f"  {done + 1}/{total} {name}"))
+    moments = measured_moments(resolved, loaded, _say)
+    made = make_plan(loaded.model, resolved, moments)
+    layers = compress_loaded_(
+        loaded, resolved, made, moments, lambda name, done, total: _say(f"  {done + 1}/{total} {name}")
+    )
     save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
     if as_json:
         reports = {name: report.model_dump(mode="json") for name, report in layers.items()}

@@ -6,10 +6,11 @@ import copy
 import json
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from kronpress.calibration import Moments, SequentialInputs, calibrate, calibration_batches
 from kronpress.checkpoint import (
     LoadedModel,
     atomic_folder,
@@ -26,7 +28,7 @@ from kronpress.checkpoint import (
     load_model,
     write_model,
 )
-from kronpress.compression import compress_
+from kronpress.compression import LayerReport, compress_
 from kronpress.errors import RequestError, unknown_name
 from kronpress.evaluation import evaluate, longest_context
 from kronpress.healing import HealingLog, HealingRow, checkpoint_step, heal_, newest_checkpoint
@@ -38,6 +40,8 @@ from kronpress.tokens import RunningText, load_running_text, load_train_tokens
 RESULTS_FORMAT = 1
 PROMPT = "It was a cold evening in November, and the old man"
 CONTINUATION_TOKENS = 40
+# Sequences in memory at once while calibrating.
+CALIBRATION_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -95,16 +99,17 @@ def run(
     rival_recipes = {name: _rival_recipe(name, recipe) for name in recipe.rivals if name not in RIVALS}
     messages.stage(f"loading {recipe.model}")
     teacher = load_model(recipe.model, recipe.revision)
-    plan = make_plan(teacher.model, recipe)
+    moments = measured_moments(recipe, teacher, messages.stage)
+    plan = make_plan(teacher.model, recipe, moments)
     # All plans before any work: a budget that a rival cannot meet is a wrong request.
-    rival_plans = {
-        name: make_plan(teacher.model, rival.model_copy(update={"budget": Budget(params=plan.num_params)}))
-        for name, rival in rival_recipes.items()
-    }
+    budget = Budget(params=plan.num_params)
+    rival_recipes = {name: rival.model_copy(update={"budget": budget}) for name, rival in rival_recipes.items()}
+    rival_moments = {name: measured_moments(rival, teacher, messages.stage) for name, rival in rival_recipes.items()}
+    rival_plans = {name: make_plan(teacher.model, rival, rival_moments[name]) for name, rival in rival_recipes.items()}
     arena = _Arena(recipe, teacher, _train_tokens(teacher.tokenizer, recipe, messages), _texts(recipe), messages)
 
     rows = [_measure(arena, dense_contender(teacher.model, plan), "dense")]
-    main, story = _compress(arena, recipe, plan)
+    main, story = _compress(arena, recipe, plan, moments)
     rows.append(_measure(arena, main, "compressed"))
     with _training_folder(work, recipe):
         resumed_at_steps = _note_resumption(work)
@@ -117,7 +122,7 @@ def run(
             rival = RIVALS[name](copy.deepcopy(teacher.model), plan)
             rival_story: dict[str, Any] = {}
         else:
-            rival, rival_story = _compress(arena, rival_recipes[name], rival_plans[name])
+            rival, rival_story = _compress(arena, rival_recipes[name], rival_plans[name], rival_moments[name])
         if rival.name != "dense":  # measured above
             rows.append(_measure(arena, rival, "compressed"))
         if rival.is_trained:
@@ -167,19 +172,46 @@ class _Arena:
     messages: Messages
 
 
-def _compress(arena: _Arena, recipe: Recipe, plan: Plan) -> tuple[Contender, dict[str, Any]]:
+def measured_moments(recipe: Recipe, loaded: LoadedModel, message: Callable[[str], None]) -> Moments | None:
+    """The calibration that the recipe needs; None if it needs none."""
+    if recipe.weighting.metric == "none":
+        return None
+    message(f"calibrating for {recipe.name} on {recipe.calibration.data}")
+    batches = calibration_batches(loaded.tokenizer, recipe, CALIBRATION_BATCH)
+    return calibrate(loaded.model, batches, recipe, messages=message)
+
+
+def compress_loaded_(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    plan: Plan,
+    moments: Moments | None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, LayerReport]:
+    """`compress_` the loaded model in place with all that the plan needs."""
+    if not plan.weighting.sequential:
+        return compress_(loaded.model, plan, progress, moments=moments)
+    batches = calibration_batches(loaded.tokenizer, recipe, CALIBRATION_BATCH)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        SequentialInputs(loaded.model, batches, Path(folder)) as sequential,
+    ):
+        return compress_(loaded.model, plan, progress, moments=moments, sequential=sequential)
+
+
+def _compress(arena: _Arena, recipe: Recipe, plan: Plan, moments: Moments | None) -> tuple[Contender, dict[str, Any]]:
     """A compressed copy of the teacher, rounded as it will be stored, and what results.json says of it."""
     set_seed(recipe.seed)
     arena.messages.stage(f"compressing by {recipe.name}")
-    model = copy.deepcopy(arena.teacher.model)
-    layers = compress_(model, plan)
-    _round_to_(model, arena.teacher.dtype)
+    copied = replace(arena.teacher, model=copy.deepcopy(arena.teacher.model))
+    layers = compress_loaded_(copied, recipe, plan, moments)
+    _round_to_(copied.model, arena.teacher.dtype)
     story = {
         "recipe": recipe.model_dump(mode="json"),
         "plan": plan.model_dump(mode="json"),
         "layers": {name: report.model_dump(mode="json") for name, report in layers.items()},
     }
-    return Contender(recipe.name, model, plan.num_params, plan.bytes, plan.flops_per_token), story
+    return Contender(recipe.name, copied.model, plan.num_params, plan.bytes, plan.flops_per_token), story
 
 
 def _heal(
@@ -208,7 +240,7 @@ def _rival_recipe(name: str, recipe: Recipe) -> Recipe:
     if name not in recipe_names() and not Path(name).is_file():
         raise unknown_name("rival", name, [*RIVALS, *recipe_names()])
     rival = load_recipe(name)
-    kept = ["model", "revision", "seed", "healing", "evaluation"]
+    kept = ["model", "revision", "seed", "calibration", "healing", "evaluation"]
     if name in recipe_names() and not rival.has_fixed_sizes:
         kept.append("targets")  # any will do for it
     return rival.model_copy(update={key: getattr(recipe, key) for key in kept})

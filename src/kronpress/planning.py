@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections.abc import Mapping
 from functools import cache
 from math import prod
 from typing import Any
@@ -17,11 +18,14 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from kronpress.candidates import DENSE, choose, screen
 from kronpress.errors import RequestError, unknown_name
 from kronpress.families import target_patterns
 from kronpress.matrices import STRUCTURES, StructuredMatrix
-from kronpress.recipe import Budget, Recipe
-from kronpress.surgery import is_shared, linear_layers, structured_layers, weight_shape
+from kronpress.matrices.metric import Metric, as_metric, metric_of
+from kronpress.matrices.moments import InputMoments
+from kronpress.recipe import AUTO, Budget, Recipe, Weighting
+from kronpress.surgery import dense_weight, is_shared, linear_layers, structured_layers, weight_shape
 
 
 class LayerPlan(BaseModel):
@@ -34,6 +38,8 @@ class LayerPlan(BaseModel):
     in_features: int
     spec: Any
     options: Any = {}
+    # What a measured allocation expects this matrix alone to cost, ½ tr(G ΔW C ΔWᵀ); None if it was not measured.
+    predicted_rise: float | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -72,6 +78,32 @@ class LayerPlan(BaseModel):
         return _count_flops(self.structure, self.out_features, self.in_features, self.spec)
 
 
+class CandidateReport(BaseModel):
+    """One row of the table that a measured allocation chose from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    structure: str
+    spec: Any
+    num_params: int
+    predicted_rise: float
+    is_exact: bool
+
+
+class AllocationReport(BaseModel):
+    """What a measured allocation chose from: `predicted_rise` is the sum of the chosen, `gap` its distance to the best.
+
+    The rises are those of each matrix alone; together they cost more.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    predicted_rise: float
+    gap: float
+    kept_dense: list[str]
+    candidates: dict[str, list[CandidateReport]] = {}
+
+
 class Plan(BaseModel):
     """Every replaced layer in the model's order, and the totals of the model before and after.
 
@@ -84,6 +116,8 @@ class Plan(BaseModel):
 
     recipe: str
     layers: dict[str, LayerPlan]
+    weighting: Weighting = Weighting()
+    allocation: AllocationReport | None = None
     num_params: int
     num_params_dense: int
     num_params_targets: int
@@ -108,8 +142,12 @@ class _BudgetTooSmall(RequestError):
     """The budget leaves a targeted layer less than the smallest structure needs."""
 
 
-def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> Plan:
-    """What `recipe` makes of a model, from its shapes alone: no weight is read.
+def make_plan(
+    model_or_config: nn.Module | PreTrainedConfig,
+    recipe: Recipe,
+    moments: Mapping[str, InputMoments] | None = None,
+) -> Plan:
+    """What `recipe` makes of a model, from its shapes alone, or with a measured allocation from weights and moments.
 
     >>> from transformers import GPT2Config
     >>> from kronpress import load_recipe
@@ -118,32 +156,38 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> 
 
     Args:
         model_or_config: any module with `nn.Linear` or `Conv1D` layers, or a causal language model's configuration.
+        moments: of the targeted layers' inputs, by layer, for `allocation: measured`.
 
     Raises:
         RequestError: a target matches no linear layer, a layer's shape does not divide, a layer is tied to
-            another, or the budget cannot be met.
+            another, the budget cannot be met, or a measured allocation has no weights or moments.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
     if structured_layers(model) or getattr(model_or_config, "quantization_config", None) is not None:
         raise RequestError("the model is compressed or quantised already: plan and compress the dense one it came from")
     layers = linear_layers(model)
-    targets = _find_targets(model, layers, recipe)
+    targets = find_targets(model, layers, recipe)
 
     num_params_dense = sum(p.numel() for p in model.parameters() if p.is_floating_point())
     targets_dense = sum(out * inn for out, inn in targets.values())
     dtype = _stored_dtype(model)
+    allocation = None
     try:
         budget_params = _target_params(recipe.budget, num_params_dense, targets_dense, dtype.itemsize)
-        planned = {
-            name: _plan_layer(name, shape, recipe, budget_params, targets_dense) for name, shape in targets.items()
-        }
+        if recipe.allocation == "measured":
+            planned, allocation = _allocated(layers, targets, recipe, budget_params, moments)
+        else:
+            planned = {
+                name: _plan_layer(name, shape, recipe, budget_params, targets_dense) for name, shape in targets.items()
+            }
     except _BudgetTooSmall as error:
         least = _least_budget(targets, recipe, targets_dense)
         raise RequestError(
             f"{error}; the least possible is {least} in the targeted layers, "
             f"{num_params_dense - targets_dense + least} in the model"
         ) from error
-    num_params_targets = sum(layer.num_params for layer in planned.values())
+    left_dense = sum(out * inn for name, (out, inn) in targets.items() if name not in planned)
+    num_params_targets = left_dense + sum(layer.num_params for layer in planned.values())
     num_params = num_params_dense - targets_dense + num_params_targets
     if budget_params is not None and num_params_targets > budget_params:
         raise RequestError(
@@ -157,6 +201,8 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> 
     return Plan(
         recipe=recipe.name,
         layers=planned,
+        weighting=recipe.weighting,
+        allocation=allocation,
         num_params=num_params,
         num_params_dense=num_params_dense,
         num_params_targets=num_params_targets,
@@ -169,6 +215,66 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, recipe: Recipe) -> 
         bytes=num_params * dtype.itemsize,
         bytes_dense=num_params_dense * dtype.itemsize,
     )
+
+
+def _allocated(
+    layers: dict[str, nn.Module],
+    targets: dict[str, tuple[int, int]],
+    recipe: Recipe,
+    budget_params: int | None,
+    moments: Mapping[str, InputMoments] | None,
+) -> tuple[dict[str, LayerPlan], AllocationReport]:
+    """The candidates that cost the least loss within the budget; a matrix for which that is itself is left dense."""
+    if budget_params is None:
+        raise RequestError("a measured allocation needs a budget: set one of budget.*")
+    if moments is None or not moments.keys() >= targets.keys():
+        raise RequestError("a measured allocation needs moments of every targeted layer: calibrate the model first")
+    if any(layers[name].weight.is_meta for name in targets):  # type: ignore[union-attr]
+        raise RequestError("a measured allocation needs the model's weights, not its configuration alone")
+    names = [recipe.structure] if recipe.structure != AUTO else recipe.candidates
+    weights, metrics, tables = {}, {}, {}
+    for name, (out_features, in_features) in targets.items():
+        flops = 2 * out_features * in_features
+
+        def is_allowed(structure: str, spec: Any, shape: tuple[int, int] = targets[name], flops: int = flops) -> bool:
+            return not recipe.flops_not_above_dense or _count_flops(structure, *shape, spec) <= flops
+
+        weights[name] = dense_weight(layers[name])
+        centred = recipe.weighting.bias_correction and layers[name].bias is not None
+        metric = metric_of(moments[name], output=recipe.weighting.metric == "loss", centred=centred)
+        metrics[name] = as_metric(metric, weights[name]) or Metric()
+        tables[name] = screen(weights[name], metrics[name], names, is_allowed)
+    choice = choose(weights, metrics, tables, budget_params)
+    planned = {
+        name: LayerPlan(
+            structure=each.structure,
+            out_features=targets[name][0],
+            in_features=targets[name][1],
+            spec=each.spec,
+            predicted_rise=each.rise,
+        )
+        for name, each in choice.chosen.items()
+        if each.structure != DENSE
+    }
+    report = AllocationReport(
+        predicted_rise=choice.allocation.error,
+        gap=choice.allocation.gap,
+        kept_dense=[name for name, each in choice.chosen.items() if each.structure == DENSE],
+        candidates={
+            name: [
+                CandidateReport(
+                    structure=each.structure,
+                    spec=None if each.spec is None else each.spec.model_dump(mode="json"),
+                    num_params=each.num_params,
+                    predicted_rise=each.rise,
+                    is_exact=each.is_exact,
+                )
+                for each in table
+            ]
+            for name, table in choice.candidates.items()
+        },
+    )
+    return planned, report
 
 
 def dense_flops_per_token(model: nn.Module) -> int:
@@ -200,7 +306,7 @@ def _stored_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def _find_targets(model: nn.Module, layers: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
+def find_targets(model: nn.Module, layers: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
     """Shapes of the targeted layers, in the model's order."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     found: set[str] = set()

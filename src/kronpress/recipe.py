@@ -29,6 +29,7 @@ from kronpress.errors import RequestError, unknown_name
 from kronpress.matrices import STRUCTURES
 
 POCKET = "pocket"
+AUTO = "auto"
 RECIPES = resources.files("kronpress") / "recipes"
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -53,6 +54,40 @@ class Budget(_Section):
         given = [name for name, value in self if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both set: a budget is one number")
+        return self
+
+
+class Calibration(_Section):
+    """The text on which the inputs of the targeted layers, and the loss's response to them, are measured."""
+
+    data: str | list[str] = Field("openwebtext", description="built-in set, Hub data set id, or local files")
+    windows: PositiveInt = Field(128, description="sequences that are read, chosen by the seed; all if there are fewer")
+    sequence_length: PositiveInt = Field(1024, description="tokens in one sequence")
+    sensitivity: bool = Field(True, description="also measure the loss's gradients: a backward pass for every window")
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.125, description="fraction of the windows that is kept apart, to choose the fit's shrinkage by"
+    )
+
+
+class Weighting(_Section):
+    """In which metric the fits are nearest, and what follows from it; all but `none` need a calibration."""
+
+    metric: Literal["none", "input", "loss"] = Field(
+        "none",
+        description="`none`: the weight's own; `input`: the output error on real inputs; `loss`: that error as far as "
+        "the loss responds to it",
+    )
+    bias_correction: bool = Field(
+        False, description="let biases take up the mean output error, and fit the rest; layers without one keep none"
+    )
+    sequential: bool = Field(
+        False, description="fit block after block, each layer to the inputs that it will get from the layers before"
+    )
+
+    @model_validator(mode="after")
+    def _measured(self) -> Weighting:
+        if self.metric == "none" and (self.bias_correction or self.sequential):
+            raise ValueError("bias_correction and sequential need a metric, input or loss")
         return self
 
 
@@ -171,14 +206,27 @@ class Recipe(_Section):
     description: str = Field("", description="one line, with the source of the method")
     model: str = Field("gpt2", description="Hub id, local folder, or `pocket`")
     revision: str | None = Field(None, description="revision of a Hub model")
-    seed: NonNegativeInt = Field(0, description="seed of the order of training sequences")
+    seed: NonNegativeInt = Field(
+        0, description="seed of the choice of calibration windows and labels, and of the order of training sequences"
+    )
     targets: str | list[str] = Field(
         "mlp", description="`mlp`, `attention`, `blocks`, or regular expressions over whole module names"
     )
-    structure: str = Field("kronecker", description=f"one of {', '.join(STRUCTURES)}")
+    structure: str = Field(
+        "kronecker", description=f"one of {', '.join(STRUCTURES)}, or `auto`: for each matrix one of `candidates`"
+    )
+    candidates: list[str] = Field(list(STRUCTURES), description="the structures that `auto` chooses from")
+    allocation: Literal["uniform", "measured"] = Field(
+        "uniform", description="the same fraction of each matrix, or what costs the least loss by the calibration"
+    )
+    flops_not_above_dense: bool = Field(
+        False, description="measured allocation: no candidate that needs more FLOPs than the dense matrix"
+    )
     spec: dict[str, Any] = Field({}, description="sizes of the structure that are fixed; the budget chooses the rest")
     fit: dict[str, Any] = Field({}, description="options of the structure's fit, such as Kronecker's `start`")
     budget: Budget = Field(default_factory=Budget)
+    calibration: Calibration = Field(default_factory=Calibration)
+    weighting: Weighting = Field(default_factory=Weighting)
     healing: Healing = Field(default_factory=Healing)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     rivals: list[str] = Field(
@@ -191,8 +239,15 @@ class Recipe(_Section):
     @classmethod
     def _known_structure_and_sizes(cls, fields: dict[str, Any]) -> dict[str, Any]:
         structure = fields.get("structure", cls.model_fields["structure"].default)
+        if structure == AUTO:
+            for section in ("spec", "fit"):
+                if fields.get(section):
+                    raise RequestError(
+                        f"recipe field {section}: structure {AUTO} chooses it; given {fields[section]!r}"
+                    )
+            return fields
         if structure not in STRUCTURES:
-            raise unknown_name("structure", str(structure), STRUCTURES)
+            raise unknown_name("structure", str(structure), [*STRUCTURES, AUTO])
         sizes = {name: STRUCTURES[structure].Spec.model_fields[name] for name in _free_sizes(structure)}
         spec = _checked_values("spec", f"size of {structure}", fields.get("spec", {}), sizes)
         options = STRUCTURES[structure].Options
@@ -203,9 +258,26 @@ class Recipe(_Section):
             raise RequestError(f"recipe field fit: {error.errors()[0]['ctx']['error']}") from error
         return {**fields, "spec": spec, "fit": fit}
 
+    @model_validator(mode="after")
+    def _measured(self) -> Recipe:
+        for name in self.candidates:
+            if name not in STRUCTURES:
+                raise unknown_name("structure", name, STRUCTURES)
+        if self.structure == AUTO and self.allocation != "measured":
+            raise ValueError(f"structure {AUTO} needs allocation: measured")
+        if self.allocation == "measured" and self.weighting.metric == "none":
+            raise ValueError("allocation: measured needs a weighting.metric, input or loss")
+        if self.allocation == "measured" and (self.spec or self.fit):
+            raise ValueError("allocation: measured chooses the sizes itself: leave out spec and fit")
+        if self.flops_not_above_dense and self.allocation != "measured":
+            raise ValueError("flops_not_above_dense needs allocation: measured")
+        return self
+
     @property
     def has_fixed_sizes(self) -> bool:
         """Whether `spec` leaves nothing for a budget to choose."""
+        if self.structure == AUTO:
+            return False
         return set(self.spec) == set(_free_sizes(self.structure))
 
 
@@ -236,6 +308,7 @@ def _free_sizes(structure: str) -> list[str]:
 
 # With the bundled model every recipe runs offline, on two cores, in about a minute.
 POCKET_DEFAULTS: dict[str, Any] = {
+    "calibration": {"data": "bundled", "windows": 128, "sequence_length": 256},
     "healing": {
         "data": "bundled",
         "max_steps": 60,

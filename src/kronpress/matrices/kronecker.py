@@ -6,6 +6,7 @@ n = n1·n2; k terms counted by i; t tokens. (A ⊗ B)[p·m2 + q, a·n2 + b] = A[
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Annotated, Literal
 
 import torch
@@ -13,10 +14,14 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kronpress.errors import RequestError
-from kronpress.matrices.kronecker_in_metric import nearest_sum
-from kronpress.matrices.metric import FitMoments, as_metric
+from kronpress.matrices.kronecker_in_metric import nearest_sum, screened
+from kronpress.matrices.metric import FitMoments, Metric, as_metric
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 from kronpress.matrices.svd import balanced_svd
+
+# What `screen` looks at; larger B cost much to look at and come out like low rank.
+SCREENED_SIDES = (1, 2, 3, 4, 6, 8, 12, 16)
+OPTIMISM = 0.7
 
 
 class KroneckerSpec(Spec):
@@ -174,6 +179,28 @@ class Kronecker(StructuredMatrix):
         left, right = (factors[name].detach().square().sum((0, 2)).sqrt() for name in ("weight", "right"))
         usable = (left > 0) & (right > 0)  # a term of zeros is left as it is
         return _TermScale(torch.where(usable, left / right, 1.0))
+
+    @classmethod
+    def screen(cls, weight: Tensor, metric: Metric) -> list[tuple[KroneckerSpec, float, bool]]:
+        """Small B of every shape up to 16×16, with up to as many terms as the matrix has parameters for.
+
+        The errors are those in the nearest separable metric, scaled to the norm of W in the true one, and taken at
+        OPTIMISM of that: the true metric has the alternation to gain by.
+        """
+        out_features, in_features = weight.shape
+        energy = metric.squared_norm(weight)
+        found = []
+        for m2, n2 in product(SCREENED_SIDES, repeat=2):
+            if (m2, n2) == (1, 1) or out_features % m2 or in_features % n2:
+                continue
+            left_shape = out_features // m2, in_features // n2
+            discarded, seen_energy = screened(weight, left_shape, (m2, n2), metric)
+            scale = OPTIMISM * energy / seen_energy.item() if seen_energy > 0 else 0.0
+            per_term = left_shape[0] * left_shape[1] + m2 * n2
+            for k in range(1, min(len(discarded), (weight.numel() - 1) // per_term) + 1):
+                spec = KroneckerSpec(left_shape=left_shape, right_shape=(m2, n2), num_terms=k)
+                found.append((spec, scale * discarded[k - 1], False))
+        return found
 
     @classmethod
     def candidate_specs(  # type: ignore[override]

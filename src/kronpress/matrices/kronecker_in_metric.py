@@ -57,6 +57,25 @@ def nearest_sum(
     return balanced(left, right)
 
 
+def screened(weight: Tensor, left_shape: Shape, right_shape: Shape, metric: Metric) -> tuple[list[float], Tensor]:
+    """The discarded energies after 1, 2, ... terms of Van Loan in the nearest separable metric, and ‖W‖² in it.
+
+    One singular value decomposition gives the errors for every number of terms, in a metric that is only near.
+    """
+    (m1, n1), (m2, n2) = left_shape, right_shape
+    seen = weight
+    if metric.output is not None:
+        root1, root2 = (square_root(side)[0] for side in separable(metric.output, m1, m2))
+        seen = torch.einsum("px,qy,xyn->pqn", root1, root2, seen.reshape(m1, m2, -1)).reshape(weight.shape)
+    if metric.input is not None:
+        root1, root2 = (square_root(side)[0] for side in separable(metric.input, n1, n2))
+        seen = torch.einsum("mab,ac,bd->mcd", seen.reshape(-1, n1, n2), root1, root2).reshape(weight.shape)
+    blocks = rearranged(seen, left_shape, right_shape)
+    gram = blocks.mT @ blocks if blocks.shape[0] > blocks.shape[1] else blocks @ blocks.mT
+    energies = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return (energies.sum() - energies.cumsum(0)).clamp(min=0).tolist(), energies.sum()
+
+
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same terms with ‖A_i‖ = ‖B_i‖."""
     sizes = torch.linalg.vector_norm(left, dim=(1, 2)), torch.linalg.vector_norm(right, dim=(1, 2))

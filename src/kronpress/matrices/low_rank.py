@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from kronpress.errors import RequestError
-from kronpress.matrices.metric import FitMoments, as_metric, square_root
+from kronpress.matrices.metric import FitMoments, Metric, as_metric, square_root
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 from kronpress.matrices.svd import balanced_svd
 
@@ -80,6 +80,19 @@ class LowRank(StructuredMatrix):
             ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[1] / sizes[0], 1.0).sqrt()
             u, v = u * ratio, v / ratio[:, None]
         return {"weight": u.to(weight.dtype)[..., None].contiguous(), "right": v.to(weight.dtype).contiguous()}
+
+    @classmethod
+    def screen(cls, weight: Tensor, metric: Metric) -> list[tuple[LowRankSpec, float, bool]]:
+        """Every rank that has fewer parameters than the matrix: all errors from the singular values of G^½ W C^½."""
+        seen = weight
+        if metric.output is not None:
+            seen = square_root(metric.output)[0] @ seen
+        if metric.input is not None:
+            seen = seen @ square_root(metric.input, floor=0)[0]
+        energies = torch.linalg.svdvals(seen).square()
+        discarded = (energies.sum() - energies.cumsum(0)).clamp(min=0).tolist()
+        largest = (weight.numel() - 1) // sum(weight.shape)
+        return [(LowRankSpec(rank=rank), discarded[rank - 1], True) for rank in range(1, largest + 1)]
 
     @classmethod
     def candidate_specs(  # type: ignore[override]

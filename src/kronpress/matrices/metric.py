@@ -39,6 +39,25 @@ class Metric:
         return (left * right).sum().item()
 
 
+def metric_of(moments: InputMoments, *, output: bool, centred: bool, shrinkage: float = 0.0) -> Metric:
+    """The metric of a layer's inputs, and with `output` of the loss's response to its outputs.
+
+    `centred` takes the covariance C − μμᵀ in place of C, for a layer whose bias is corrected afterwards: with
+    b' = b + (W − Ŵ) μ the mean output has no error, and what is left is that of x − μ. C is shrunk to
+    (1 − ρ) C + ρ diag(C), ρ being the `shrinkage`.
+
+    Raises:
+        RequestError: `output` without `moments.gradient`.
+    """
+    second = moments.second
+    if centred:
+        second = second - torch.outer(moments.mean, moments.mean)
+    second = (1 - shrinkage) * second + shrinkage * torch.diag(second.diagonal())
+    if output and moments.gradient is None:
+        raise RequestError("the metric `loss` needs the loss's gradients: calibrate with calibration.sensitivity=true")
+    return Metric(second, moments.gradient if output else None)
+
+
 # What a fit accepts: see `as_metric`.
 FitMoments = InputMoments | Metric | Tensor | None
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kronpress.matrices.metric import FitMoments
+from kronpress.matrices.metric import FitMoments, Metric
 
 Factors = Mapping[str, Tensor]
 
@@ -135,6 +135,24 @@ class StructuredMatrix(nn.Module):
         (`torch.nn.utils.parametrize`).
         """
         return None
+
+    @classmethod
+    def screen(cls, weight: Tensor, metric: Metric) -> list[tuple[Any, float, bool]]:
+        """Specs of many sizes, each with tr(G ΔW C ΔWᵀ) of its fit or an estimate of it; True if it is no estimate.
+
+        An estimate is meant to be too low rather than too high: the planner fits what it would choose by one, and then
+        chooses anew. By default the specs at each twentieth of the dense matrix's parameters are fitted.
+
+        Args:
+            weight: W, (out_features, in_features), in float64.
+        """
+        found = {}
+        out_features, in_features = weight.shape
+        for twentieth in range(1, 20):
+            for spec in cls.candidate_specs(out_features, in_features, weight.numel() * twentieth // 20):
+                if spec not in found:
+                    found[spec] = metric.squared_norm(weight - cls.expand(cls.fit(weight, spec, metric)))
+        return [(spec, error, True) for spec, error in found.items()]
 
     # ---- what every structure has ----
 

@@ -1,0 +1,23 @@
+"""What layers read on real data, and how the loss responds to what they answer.
+
+`calibrate` measures a whole model at once; `BlockStream` takes hidden states through one transformer block after
+another, for models larger than the compute device and for layers that shall see what replaced ones before them give.
+"""
+
+from kronpress.calibration.batches import calibration_batches
+from kronpress.calibration.block_stream import BlockStream
+from kronpress.calibration.moments import Moments, load_moments
+from kronpress.calibration.sequential import PairedMoments, SequentialInputs
+from kronpress.calibration.whole_model import calibrate, moments_key, num_bytes
+
+__all__ = [
+    "BlockStream",
+    "Moments",
+    "PairedMoments",
+    "SequentialInputs",
+    "calibrate",
+    "calibration_batches",
+    "load_moments",
+    "moments_key",
+    "num_bytes",
+]
