@@ -1,4 +1,4 @@
-"""Make `pocket`, the bundled GPT-2-architecture model: its text, its tokenizer, its weights.
+"""Make `pocket`, the bundled GPT-2-architecture model: its text, its tokenizer, its weights; and others like it.
 
 The three steps, in order, from the root of the repository (BOOKS is the folder of public-domain books
 described in src/kronpress/pocket/SOURCES.md):
@@ -10,7 +10,13 @@ described in src/kronpress/pocket/SOURCES.md):
 `train` saves DIR/latest.pt as it goes and continues from it when started again, with more tokens too. It runs
 in one process or, under torchrun, in several that share each step; on a CPU one process of one thread per
 core is the fastest (OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 ...). The weights bundled in the end are those
-with the lowest loss on the bundled validation books; the test books are never read here.
+with the lowest loss on the bundled validation books; the test books are never read here. `pocket` itself was made by
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 scripts/train_pocket.py train --work DIR --total-tokens 70200000
+
+after a first part of 16 million tokens whose rate had gone down to zero (the same without torchrun and with
+--total-tokens 16000000). `train --architecture llama --width 128 --heads 4 --out FOLDER` makes a Llama-kind model of
+1.6 million parameters with the same tokenizer, for measurements on a second architecture.
 """
 
 from __future__ import annotations
@@ -29,7 +35,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 POCKET = Path(__file__).parent.parent / "src" / "kronpress" / "pocket"
 END_OF_TEXT = "<|endoftext|>"
@@ -97,6 +109,36 @@ def tokens(books: Books, work: Work) -> None:
             print(f"{count} tokens", flush=True)
 
 
+def model_config(architecture: str, width: int, layers: int, heads: int) -> PreTrainedConfig:
+    """GPT-2 without dropout, or Llama with grouped queries and a tied head."""
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    if architecture == "gpt2":
+        return GPT2Config(
+            vocab_size=VOCAB_SIZE,
+            n_positions=CONTEXT_TOKENS,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **ends,
+        )
+    if architecture == "llama":
+        return LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=CONTEXT_TOKENS,
+            hidden_size=width,
+            intermediate_size=11 * width // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            tie_word_embeddings=True,
+            **ends,
+        )
+    raise SystemExit(f"architecture {architecture!r}: gpt2 or llama")
+
+
 def average_gradients_(parameters: list[torch.nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in one exchange."""
     gradients = torch.cat([p.grad.flatten() for p in parameters])
@@ -109,6 +151,8 @@ def average_gradients_(parameters: list[torch.nn.Parameter]) -> None:
 @app.command()
 def train(
     work: Work,
+    out: Annotated[Path, typer.Option(help="folder of the weights and the log")] = POCKET,
+    architecture: Annotated[str, typer.Option(help="gpt2 or llama")] = "gpt2",
     total_tokens: Annotated[int, typer.Option(help="training tokens, all steps together")] = 16_000_000,
     width: int = 192,
     layers: int = 6,
@@ -136,21 +180,10 @@ def train(
     if steps * sequences_per_step > len(starts):
         raise SystemExit(f"{total_tokens} tokens asked for, {len(stream)} there")
 
-    config = GPT2Config(
-        vocab_size=VOCAB_SIZE,
-        n_positions=CONTEXT_TOKENS,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        # Compiled, at 256 tokens and 32 channels a head, the written-out attention is the faster one on a CPU.
-        attn_implementation="eager" if device == "cpu" else "sdpa",
-    )
-    model = GPT2LMHeadModel(config).to(device)
+    config = model_config(architecture, width, layers, heads)
+    # Compiled, at 256 tokens and 32 channels a head, the written-out attention is the faster one on a CPU.
+    attention = "eager" if device == "cpu" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(device)
     parameters = list(model.parameters())
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
@@ -166,8 +199,8 @@ def train(
     )
 
     def nll(batch: torch.Tensor) -> torch.Tensor:
-        hidden = model.transformer(batch[:, :-1]).last_hidden_state
-        logits = F.linear(hidden, model.transformer.wte.weight)
+        hidden = model.base_model(batch[:, :-1], use_cache=False).last_hidden_state
+        logits = F.linear(hidden, model.get_output_embeddings().weight)
         return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
     compiled_nll = torch.compile(nll)
@@ -186,7 +219,8 @@ def train(
         return torch.stack(losses).mean().item()
 
     latest, step, best = work / "latest.pt", 0, math.inf
-    log = POCKET / "training.jsonl"
+    log = out / "training.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
     if latest.exists():
         state = torch.load(latest, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
@@ -231,9 +265,11 @@ def train(
             if row["validation_nats"] < best:
                 best = row["validation_nats"]
                 # 16 bits: half of the bytes, and float16 keeps three more bits of each weight than bfloat16.
-                half = GPT2LMHeadModel(config).half()
+                half = AutoModelForCausalLM.from_config(config).half()
                 half.load_state_dict(model.state_dict())
-                half.save_pretrained(POCKET)
+                half.save_pretrained(out)
+                if out != POCKET:
+                    tokenizer.save_pretrained(out)
             torch.save(
                 {
                     "model": model.state_dict(),

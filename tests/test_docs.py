@@ -107,3 +107,26 @@ def test_commands_of_the_published_rows_run_at_a_small_scale(
     assert [row["stage"] for row in results["rows"]] == ["dense", "compressed", "healed"]
     assert results["healing"]["tokens"] == 16 * (8 * 120 + 1 * 320)
     assert {figures["protocol"] for row in results["rows"] for figures in row["metrics"].values()} == {"krony"}
+
+
+def test_the_figures_of_pocket_are_those_of_the_committed_results():
+    page = (ROOT / "docs" / "pocket.md").read_text(encoding="utf-8")
+    quality, ngram = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("pocket_quality", "pocket_ngram")
+    )
+    for name, of in [
+        ("`pocket` | 70.2 million tokens", quality["dense"]),
+        ("5-gram, modified Kneser-Ney | the same windows of text", ngram["fits"][1]),
+        ("5-gram, modified Kneser-Ney | all 110.9 million tokens there are", ngram["fits"][0]),
+    ]:
+        bits = [f"{of[split]['bits_per_byte']:.4f}" for split in ("validation", "test")]
+        assert f"| {name} | {bits[0]} | {bits[1]} | {of['test']['perplexity']:.2f} |" in page
+    assert quality["dense"]["test"]["bits_per_byte"] < min(fit["test"]["bits_per_byte"] for fit in ngram["fits"])
+    assert f"**{quality['svd_rise_nats']:.2f} nats**" in page
+    assert quality["svd_rise_nats"] > 0.2
+    log = (ROOT / "src" / "kronpress" / "pocket" / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in log]
+    assert rows[-1]["tokens"] >= 20 * quality["num_params"]
+    assert rows[-1]["validation_nats"] == min(row["validation_nats"] for row in rows)
+    assert len(re.findall("^> ", page, re.MULTILINE)) == len(quality["continuations"]) == 3
