@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: demo test check format clean
 
-demo: .venv/installed  ## the main job on the bundled model, about three minutes
+demo: .venv/installed  ## the main job on the bundled model, three to four minutes
 	$(BIN)/kronpress demo --overwrite
 
 test: .venv/installed-dev  ## the test suite

@@ -256,6 +256,10 @@ def _allocated(
         for name, each in choice.chosen.items()
         if each.structure != DENSE
     }
+    if not planned:
+        raise RequestError(
+            f"the budget leaves {budget_params} parameters, enough for every targeted matrix to stay dense"
+        )
     report = AllocationReport(
         predicted_rise=choice.allocation.error,
         gap=choice.allocation.gap,
