@@ -97,7 +97,22 @@ def choose(
         if not estimates:
             return Choice(chosen, tables, allocation)
         for name, each in estimates.items():
+            index = allocation.chosen[name]
             weight, structure = weights[name].to(torch.float64), STRUCTURES[each.structure]
             fitted = structure.expand(structure.fit(weight, each.spec, metrics[name]))
             rise = metrics[name].squared_norm(weight - fitted) / 2
-            tables[name][allocation.chosen[name]] = replace(each, rise=rise, is_exact=True)
+            # Estimates of one kind err alike: what this one was wrong by corrects the others of its matrix.
+            factor = rise / each.rise if each.rise > 0 else 1.0
+            tables[name] = [
+                replace(other, rise=factor * other.rise)
+                if not other.is_exact and _kind(other) == _kind(each)
+                else other
+                for other in tables[name]
+            ]
+            tables[name][index] = replace(each, rise=rise, is_exact=True)
+
+
+def _kind(candidate: Candidate) -> tuple[str, tuple[Any, ...]]:
+    """The structure and all sizes that are not a mere count: those of a sum's terms, not how many there are."""
+    shapes = tuple(value for _, value in candidate.spec if isinstance(value, tuple))
+    return candidate.structure, shapes
