@@ -7,6 +7,7 @@ n = n1·n2; k terms counted by i; t tokens. (A ⊗ B)[p·m2 + q, a·n2 + b] = A[
 from __future__ import annotations
 
 from itertools import product
+from math import prod
 from typing import Annotated, Literal
 
 import torch
@@ -14,8 +15,8 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from kronpress.errors import RequestError
-from kronpress.matrices.kronecker_in_metric import nearest_sum, screened
-from kronpress.matrices.metric import FitMoments, Metric, as_metric
+from kronpress.matrices.kronecker_in_metric import nearest_sum, rearranged, screened
+from kronpress.matrices.metric import FitMoments, Metric, as_metric, separable
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 from kronpress.matrices.svd import balanced_svd
 
@@ -157,8 +158,8 @@ class Kronecker(StructuredMatrix):
             a, b = nearest_sum(weight.to(torch.float64), (m1, n1), (m2, n2), k, metric)
             left, right = a.transpose(0, 1), b.transpose(0, 1)
         else:
-            blocks = weight.to(torch.float64).reshape(m1, m2, n1, n2).permute(0, 2, 1, 3)  # (p, a, q, b)
-            a, b = balanced_svd(blocks.reshape(m1 * n1, m2 * n2), k)  # (p a, i), (i, q b)
+            blocks = rearranged(weight.to(torch.float64), (m1, n1), (m2, n2))  # (p a, q b)
+            a, b = balanced_svd(blocks, k)  # (p a, i), (i, q b)
             if options.start == "adaptive":
                 # The terms are orthogonal, each as large as the square of its half in `a`.
                 captured = torch.linalg.vector_norm(a.square().sum(0))
@@ -185,21 +186,29 @@ class Kronecker(StructuredMatrix):
         """Small B of every shape up to 16×16, with up to as many terms as the matrix has parameters for.
 
         The errors are those in the nearest separable metric, scaled to the norm of W in the true one, and taken at
-        OPTIMISM of that: the true metric has the alternation to gain by.
+        OPTIMISM of that: the true metric has the alternation to gain by. They are computed in single precision.
         """
         out_features, in_features = weight.shape
         energy = metric.squared_norm(weight)
+        single = weight.to(torch.float32)
+        outputs, inputs = (
+            {size: None if side is None else separable(side, len(side) // size, size) for size in sizes}
+            for side, sizes in (
+                (metric.output, [size for size in SCREENED_SIDES if out_features % size == 0]),
+                (metric.input, [size for size in SCREENED_SIDES if in_features % size == 0]),
+            )
+        )
         found = []
-        for m2, n2 in product(SCREENED_SIDES, repeat=2):
-            if (m2, n2) == (1, 1) or out_features % m2 or in_features % n2:
+        for (m2, output), (n2, input) in product(outputs.items(), inputs.items()):
+            if (m2, n2) == (1, 1):
                 continue
             left_shape = out_features // m2, in_features // n2
-            discarded, seen_energy = screened(weight, left_shape, (m2, n2), metric)
+            discarded, seen_energy = screened(single, left_shape, (m2, n2), output, input)
             scale = OPTIMISM * energy / seen_energy.item() if seen_energy > 0 else 0.0
             per_term = left_shape[0] * left_shape[1] + m2 * n2
-            for k in range(1, min(len(discarded), (weight.numel() - 1) // per_term) + 1):
-                spec = KroneckerSpec(left_shape=left_shape, right_shape=(m2, n2), num_terms=k)
-                found.append((spec, scale * discarded[k - 1], False))
+            most = min(*map(prod, (left_shape, (m2, n2))), (weight.numel() - 1) // per_term)
+            for k, error in enumerate((scale * discarded[:most]).tolist(), start=1):
+                found.append((KroneckerSpec(left_shape=left_shape, right_shape=(m2, n2), num_terms=k), error, False))
         return found
 
     @classmethod

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kronpress.matrices.metric import Metric, separable, square_root
-from kronpress.matrices.svd import balanced_svd
+from kronpress.matrices.svd import balanced, balanced_svd, leading_eigenvectors
 
 Shape = tuple[int, int]
+Sides = tuple[Tensor, Tensor]
 MAX_SWEEPS = 40
 # Stop when a sweep lowers the loss by less than this fraction.
 TOLERANCE = 1e-3
@@ -43,7 +44,7 @@ def nearest_sum(
     undo = None
     if metric.output is not None:
         (root1, inverse1), (root2, inverse2) = map(square_root, separable(metric.output, m1, m2))
-        weight = torch.einsum("px,qy,xyn->pqn", root1, root2, weight.reshape(m1, m2, -1)).reshape(weight.shape)
+        weight = rows_times(weight, root1, root2)
         undo = inverse1, inverse2
     if metric.input is None:
         left, right = _van_loan(weight, left_shape, right_shape, num_terms)
@@ -57,30 +58,40 @@ def nearest_sum(
     return balanced(left, right)
 
 
-def screened(weight: Tensor, left_shape: Shape, right_shape: Shape, metric: Metric) -> tuple[list[float], Tensor]:
-    """The discarded energies after 1, 2, ... terms of Van Loan in the nearest separable metric, and ‖W‖² in it.
+def screened(
+    weight: Tensor, left_shape: Shape, right_shape: Shape, output: Sides | None, input: Sides | None
+) -> tuple[Tensor, Tensor]:
+    """The discarded energies after 1, 2, ... terms of Van Loan in a separable metric, and ‖W‖² in it.
 
-    One singular value decomposition gives the errors for every number of terms, in a metric that is only near.
+    In tr((G1 ⊗ G2) ΔW (C1 ⊗ C2) ΔWᵀ) they are sums of the eigenvalues of K2^½ Rᵀ K1 R K2^½ with K1 = G1 ⊗ C1 and
+    K2 = G2 ⊗ C2, so that only the small K2 is rooted.
+
+    Args:
+        weight: W (m, n).
+        output, input: (G1, G2) and (C1, C2), each positive semi-definite; None is the identity.
     """
-    (m1, n1), (m2, n2) = left_shape, right_shape
-    seen = weight
-    if metric.output is not None:
-        root1, root2 = (square_root(side)[0] for side in separable(metric.output, m1, m2))
-        seen = torch.einsum("px,qy,xyn->pqn", root1, root2, seen.reshape(m1, m2, -1)).reshape(weight.shape)
-    if metric.input is not None:
-        root1, root2 = (square_root(side)[0] for side in separable(metric.input, n1, n2))
-        seen = torch.einsum("mab,ac,bd->mcd", seen.reshape(-1, n1, n2), root1, root2).reshape(weight.shape)
-    blocks = rearranged(seen, left_shape, right_shape)
-    gram = blocks.mT @ blocks if blocks.shape[0] > blocks.shape[1] else blocks @ blocks.mT
-    energies = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-    return (energies.sum() - energies.cumsum(0)).clamp(min=0).tolist(), energies.sum()
+    seen, small_root = weight, torch.ones(1, 1, dtype=weight.dtype, device=weight.device)
+    for sides, times, size in ((output, rows_times, right_shape[0]), (input, columns_times, right_shape[1])):
+        identity = torch.eye(size, dtype=weight.dtype, device=weight.device)
+        if sides is not None:
+            seen = times(seen, sides[0].to(seen), identity)
+        small_root = torch.kron(small_root, identity if sides is None else square_root(sides[1].to(seen), floor=0)[0])
+    blocks, seen_blocks = (rearranged(each, left_shape, right_shape) for each in (weight, seen))
+    gram = small_root @ (blocks.mT @ seen_blocks) @ small_root
+    energies = torch.linalg.eigvalsh(gram.to(torch.float64)).flip(0).clamp(min=0)
+    return (energies.sum() - energies.cumsum(0)).clamp(min=0), energies.sum()
 
 
-def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same terms with ‖A_i‖ = ‖B_i‖."""
-    sizes = torch.linalg.vector_norm(left, dim=(1, 2)), torch.linalg.vector_norm(right, dim=(1, 2))
-    ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[1] / sizes[0], 1.0).sqrt()[:, None, None]
-    return left * ratio, right / ratio
+def rows_times(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """(M1 ⊗ M2) W, with `first` M1 (m1, m1) and `second` M2 (m2, m2), W (m1·m2, n)."""
+    once = (first @ weight.reshape(len(first), -1)).reshape(len(first), len(second), -1)
+    return (second @ once).reshape(weight.shape)
+
+
+def columns_times(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """W (M1 ⊗ M2), with `first` M1 (n1, n1) and `second` M2 (n2, n2) symmetric, W (m, n1·n2)."""
+    once = weight.reshape(-1, len(second)) @ second
+    return (first @ once.reshape(-1, len(first), len(second))).reshape(weight.shape)
 
 
 def _van_loan(weight: Tensor, left_shape: Shape, right_shape: Shape, num_terms: int) -> tuple[Tensor, Tensor]:
@@ -93,16 +104,16 @@ def _thin(
 ) -> tuple[Tensor, Tensor]:
     """Where one factor has all the columns: Van Loan on W C^½, whose other factor C does not touch.
 
-    That factor is kept as an orthonormal set, and the one with the columns follows as a projection of W itself, so that
-    C need not be inverted.
+    That factor is an orthonormal set, the leading eigenvectors of R(W C^½) on its side, for which C need not be rooted;
+    the one with the columns follows as a projection of W itself, for which it need not be inverted.
     """
-    a, b = _van_loan(weight @ square_root(moment, floor=0)[0], left_shape, right_shape, num_terms)
     blocks = rearranged(weight, left_shape, right_shape)
+    seen_blocks = rearranged(weight @ moment, left_shape, right_shape)
     if right_shape[1] == 1:
-        b = torch.nn.functional.normalize(b.flatten(1), dim=1)  # (k, m2)
-        return (blocks @ b.mT).mT.reshape(num_terms, *left_shape), b.reshape(num_terms, *right_shape)
-    a = torch.nn.functional.normalize(a.flatten(1), dim=1)  # (k, m1)
-    return a.reshape(num_terms, *left_shape), (a @ blocks).reshape(num_terms, *right_shape)
+        b = leading_eigenvectors(blocks.mT @ seen_blocks, num_terms)  # (m2, k)
+        return (blocks @ b).mT.reshape(num_terms, *left_shape), b.mT.reshape(num_terms, *right_shape)
+    a = leading_eigenvectors(blocks @ seen_blocks.mT, num_terms)  # (m1, k)
+    return a.mT.reshape(num_terms, *left_shape), (a.mT @ blocks).reshape(num_terms, *right_shape)
 
 
 def separable_start(
@@ -110,10 +121,7 @@ def separable_start(
 ) -> tuple[Tensor, Tensor]:
     """The optimum for the nearest C1 ⊗ C2 to C: Van Loan on W (C1^½ ⊗ C2^½), undone; exact if C is separable."""
     (root1, inverse1), (root2, inverse2) = map(square_root, separable(moment, left_shape[1], right_shape[1]))
-    seen = torch.einsum("mab,ac,bd->mcd", weight.reshape(-1, left_shape[1], right_shape[1]), root1, root2).reshape(
-        weight.shape
-    )
-    left, right = _van_loan(seen, left_shape, right_shape, num_terms)
+    left, right = _van_loan(columns_times(weight, root1, root2), left_shape, right_shape, num_terms)
     return left @ inverse1, right @ inverse2
 
 
@@ -134,45 +142,20 @@ def alternate(
     Returns:
         A, B, and the loss at the start and after every sweep, which never rises.
     """
-    num_terms, m1, n1 = left.shape
-    _, m2, n2 = right.shape
-    moment4 = moment.reshape(n1, n2, n1, n2)
+    (_, m1, n1), (_, m2, n2) = left.shape, right.shape
     seen = weight @ moment
     energy = (weight * seen).sum()
     seen_blocks = rearranged(seen, (m1, n1), (m2, n2))
-
-    def solved(gram: Tensor, target: Tensor, old: Tensor) -> tuple[Tensor, float]:
-        """The minimiser x (rows, size) of ⟨x gram, x⟩ − 2⟨x, target⟩, drawn to the old one; and the loss it gives."""
-        weight_of_old = PROXIMAL * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-        ridged = gram + weight_of_old * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        factor, failed = torch.linalg.cholesky_ex(ridged)
-        goal = target + weight_of_old * old
-        new = (
-            torch.cholesky_solve(goal.mT, factor).mT if not failed else torch.linalg.lstsq(ridged, goal.mT).solution.mT
-        )
-        return new, (energy + ((new @ gram - 2 * target) * new).sum()).item()
-
-    def left_step(left: Tensor, right: Tensor) -> tuple[Tensor, float]:
-        gram = torch.einsum("iqb,jqd->ijbd", right, right)
-        gram = torch.einsum("ijbd,abcd->iajc", gram, moment4).reshape(num_terms * n1, -1)
-        target = seen_blocks @ right.flatten(1).mT  # (p a, i)
-        target = target.reshape(m1, n1, num_terms).mT.reshape(m1, -1)
-        new, loss = solved(gram, target, left.transpose(0, 1).reshape(m1, -1))
-        return new.reshape(m1, num_terms, n1).transpose(0, 1), loss
-
-    def right_step(left: Tensor, right: Tensor) -> tuple[Tensor, float]:
-        gram = torch.einsum("ipa,jpc->ijac", left, left)
-        gram = torch.einsum("ijac,abcd->ibjd", gram, moment4).reshape(num_terms * n2, -1)
-        target = left.flatten(1) @ seen_blocks  # (i, q b)
-        target = target.reshape(num_terms, m2, n2).transpose(0, 1).reshape(m2, -1)
-        new, loss = solved(gram, target, right.transpose(0, 1).reshape(m2, -1))
-        return new.reshape(m2, num_terms, n2).transpose(0, 1), loss
+    moment_blocks = moment.reshape(n1, n2, n1, n2).permute(1, 3, 0, 2).reshape(n2 * n2, n1 * n1)  # (b d, a c)
 
     start = torch.einsum("ipa,iqb->pqab", left, right).reshape(weight.shape)
     losses = [Metric(moment).squared_norm(weight - start)]
     for _ in range(max_sweeps):
-        new_left, _ = left_step(left, right)
-        new_right, loss = right_step(new_left, right)
+        new_left = _solved(*_normal_equations(right, moment_blocks, seen_blocks, left.shape), left)
+        gram, target = _normal_equations(new_left, moment_blocks.mT, seen_blocks.mT, right.shape)
+        new_right = _solved(gram, target, right)
+        flat = _flat(new_right)
+        loss = (energy + ((flat @ gram - 2 * target) * flat).sum()).item()
         if not loss < losses[-1]:  # rounding, or an optimum
             break
         left, right = balanced(new_left, new_right)
@@ -180,3 +163,37 @@ def alternate(
         if losses[-2] - loss <= tolerance * losses[-2]:
             break
     return left, right, losses
+
+
+def _normal_equations(
+    other: Tensor, moment_blocks: Tensor, seen_blocks: Tensor, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """H (k·n1, k·n1) and T (m1, k·n1) of ⟨X H, X⟩ − 2⟨X, T⟩, the loss as a function of all A for given B.
+
+    Args:
+        other: B (k, m2, n2).
+        moment_blocks: C with rows (b, d) and columns (a, c); transposed to solve for B with A given, as R(W C) is.
+        seen_blocks: R(W C) (m1·n1, m2·n2).
+        shape: (k, m1, n1).
+    """
+    k, rows, columns = shape
+    products = torch.einsum("iqb,jqd->ijbd", other, other).reshape(k * k, -1)
+    gram = (products @ moment_blocks).reshape(k, k, columns, columns).transpose(1, 2).reshape(k * columns, -1)
+    target = (seen_blocks @ other.flatten(1).mT).reshape(rows, columns, k).mT.reshape(rows, -1)
+    return gram, target
+
+
+def _flat(factors: Tensor) -> Tensor:
+    """(k, rows, columns) as (rows, k·columns)."""
+    return factors.transpose(0, 1).flatten(1)
+
+
+def _solved(gram: Tensor, target: Tensor, old: Tensor) -> Tensor:
+    """The minimiser X of ⟨X H, X⟩ − 2⟨X, T⟩, drawn to the old one; both (k, rows, columns)."""
+    k, rows, columns = old.shape
+    weight_of_old = PROXIMAL * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    ridged = gram + weight_of_old * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    goal = (target + weight_of_old * _flat(old)).mT
+    factor, failed = torch.linalg.cholesky_ex(ridged)
+    new = torch.linalg.lstsq(ridged, goal).solution if failed else torch.cholesky_solve(goal, factor)
+    return new.mT.reshape(rows, k, columns).transpose(0, 1)

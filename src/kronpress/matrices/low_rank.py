@@ -9,7 +9,7 @@ from torch import Tensor
 from kronpress.errors import RequestError
 from kronpress.matrices.metric import FitMoments, Metric, as_metric, square_root
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
-from kronpress.matrices.svd import balanced_svd
+from kronpress.matrices.svd import balanced, balanced_svd, leading_eigenvectors
 
 
 class LowRankSpec(Spec):
@@ -55,41 +55,20 @@ class LowRank(StructuredMatrix):
     ) -> dict[str, Tensor]:
         """The truncated singular value decomposition of `weight` (out_features, in_features) (Eckart & Young 1936).
 
-        With moments, the nearest in their metric tr(G ΔW C ΔWᵀ): the SVD of G^½ W C^½ is U Σ Vᵀ, and Ŵ is
-        G^-½ U_r U_rᵀ G^½ W, in which C is not inverted: a singular C does no harm. The error is the sum of the
-        discarded squared singular values. Without G this is SVD-LLM's optimum (arXiv 2403.07378).
+        With moments, the nearest in their metric tr(G ΔW C ΔWᵀ): see `nearest_product`. Without G this is SVD-LLM's
+        optimum (arXiv 2403.07378).
         """
         out_features, in_features = weight.shape
         LowRank.factor_shapes(out_features, in_features, spec)
         metric = as_metric(moments, weight)
         w = weight.to(torch.float64)
-        if metric is None:
-            u, v = balanced_svd(w, spec.rank)
-        else:
-            output_root, output_inverse = (None, None) if metric.output is None else square_root(metric.output)
-            if output_root is not None:
-                w = output_root @ w
-            seen = w if metric.input is None else w @ square_root(metric.input, floor=0)[0]
-            scaled_u, _ = balanced_svd(seen, spec.rank)  # U Σ^½
-            u = scaled_u / torch.linalg.vector_norm(scaled_u, dim=0).clamp(min=torch.finfo(w.dtype).tiny)
-            v = u.mT @ w
-            if output_inverse is not None:
-                u = output_inverse @ u
-            # Each pair shares its size evenly, as in the SVD.
-            sizes = torch.linalg.vector_norm(u, dim=0), torch.linalg.vector_norm(v, dim=1)
-            ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[1] / sizes[0], 1.0).sqrt()
-            u, v = u * ratio, v / ratio[:, None]
+        u, v = balanced_svd(w, spec.rank) if metric is None else nearest_product(w, spec.rank, metric)
         return {"weight": u.to(weight.dtype)[..., None].contiguous(), "right": v.to(weight.dtype).contiguous()}
 
     @classmethod
     def screen(cls, weight: Tensor, metric: Metric) -> list[tuple[LowRankSpec, float, bool]]:
         """Every rank that has fewer parameters than the matrix: all errors from the singular values of G^½ W C^½."""
-        seen = weight
-        if metric.output is not None:
-            seen = square_root(metric.output)[0] @ seen
-        if metric.input is not None:
-            seen = seen @ square_root(metric.input, floor=0)[0]
-        energies = torch.linalg.svdvals(seen).square()
+        energies = torch.linalg.eigvalsh(_rows_seen(*_wide(weight, metric))[2]).flip(0).clamp(min=0)
         discarded = (energies.sum() - energies.cumsum(0)).clamp(min=0).tolist()
         largest = (weight.numel() - 1) // sum(weight.shape)
         return [(LowRankSpec(rank=rank), discarded[rank - 1], True) for rank in range(1, largest + 1)]
@@ -113,3 +92,30 @@ class LowRank(StructuredMatrix):
             affordable = min(full_rank, max_params // (out_features + in_features))
         chosen = affordable if rank is None else rank
         return [LowRankSpec(rank=chosen)] if 1 <= chosen <= affordable else []
+
+
+def nearest_product(weight: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    """U (m, rank) and V (rank, n) for which tr(G ΔW C ΔWᵀ) of ΔW = W − U V is least, W (m, n) in float64.
+
+    With G^½ W C^½ = X Σ Yᵀ, U V is G^-½ X_r X_rᵀ G^½ W, which is also W C^½ Y_r Y_rᵀ C^-½. Either needs the vectors of
+    one side alone: those of the shorter one, so that only its metric is rooted and inverted.
+    """
+    weight_wide, metric_wide = _wide(weight, metric)
+    seen, inverse, gram = _rows_seen(weight_wide, metric_wide)
+    vectors = leading_eigenvectors(gram, rank)  # X_r
+    left, right = balanced((vectors if inverse is None else inverse @ vectors).mT, vectors.mT @ seen)
+    return (left.mT, right) if weight_wide is weight else (right.mT, left)
+
+
+def _wide(weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
+    """W, or else its transpose, with at least as many columns as rows."""
+    return (weight, metric) if weight.shape[0] <= weight.shape[1] else (weight.mT, Metric(metric.output, metric.input))
+
+
+def _rows_seen(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None, Tensor]:
+    """G^½ W (m, n), G^-½ (None if there is no G) and G^½ W C Wᵀ G^½ (m, m), whose eigenvalues are the Σ²."""
+    seen, inverse = weight, None
+    if metric.output is not None:
+        root, inverse = square_root(metric.output)
+        seen = root @ weight
+    return seen, inverse, (seen if metric.input is None else seen @ metric.input) @ seen.mT

@@ -23,13 +23,20 @@ def balanced_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rows < columns:
         right, left = balanced_svd(matrix.mT, rank)
         return left.mT, right.mT
-    v = _leading_eigenvectors(matrix.mT @ matrix, rank)  # (columns, rank)
+    v = leading_eigenvectors(matrix.mT @ matrix, rank)  # (columns, rank)
     scaled_u = matrix @ v  # U S
     root = torch.linalg.vector_norm(scaled_u, dim=0).sqrt()  # S^½
     return scaled_u / root.clamp(min=torch.finfo(matrix.dtype).tiny), root[:, None] * v.mT
 
 
-def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms left[i], right[i] of a sum of products, (terms, ...) each, with ‖left[i]‖ = ‖right[i]‖."""
+    left_sizes, right_sizes = (torch.linalg.vector_norm(each.flatten(1), dim=1) for each in (left, right))
+    ratio = torch.where((left_sizes > 0) & (right_sizes > 0), right_sizes / left_sizes, 1.0).sqrt()
+    return left * ratio.view(-1, *[1] * (left.ndim - 1)), right / ratio.view(-1, *[1] * (right.ndim - 1))
+
+
+def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """The eigenvectors (size, rank) of the largest eigenvalues of a symmetric (size, size) matrix, largest first."""
     size = len(gram)
     # Lanczos, to machine precision and from a fixed start, where a few vectors of many are wanted: far less
