@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kronpress.allocation import Allocation, allocate
@@ -14,6 +13,8 @@ from kronpress.matrices import STRUCTURES
 from kronpress.matrices.metric import Metric
 
 DENSE = "dense"
+# How a candidate's rise is known: by a formula that may be far off, by a closer look, or by its fit.
+SCREENED, ESTIMATED, FITTED = "screened", "estimated", "fitted"
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,14 @@ class Candidate:
     """One structure and spec for one matrix, or the dense matrix itself (`spec` None).
 
     `rise` is ½ tr(G ΔW C ΔWᵀ): with the metric of the loss the rise in nats that this matrix alone would cost, to
-    second order. `is_exact` is False while it is an estimate.
+    second order, as far as the `evidence` goes.
     """
 
     structure: str
     spec: Any
     num_params: int
     rise: float
-    is_exact: bool
+    evidence: str
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,21 @@ def screen(
     """The dense matrix, and of each structure what no other candidate of it beats in both size and error.
 
     Args:
-        weight: (out_features, in_features).
+        weight: (out_features, in_features), in float64.
         is_allowed: whether a structure with a spec may be considered.
     """
-    weight = weight.to(torch.float64)
     out_features, in_features = weight.shape
-    found = [Candidate(DENSE, None, weight.numel(), 0.0, True)]
+    found = [Candidate(DENSE, None, weight.numel(), 0.0, FITTED)]
     for name in structures:
         structure = STRUCTURES[name]
         every = [
-            Candidate(name, spec, structure.count_params(out_features, in_features, spec), error / 2, is_exact)
+            Candidate(
+                name,
+                spec,
+                structure.count_params(out_features, in_features, spec),
+                error / 2,
+                FITTED if is_exact else SCREENED,
+            )
             for spec, error, is_exact in structure.screen(weight, metric)
             if is_allowed(name, spec)
         ]
@@ -72,15 +78,15 @@ def _undominated(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def choose(
-    weights: Mapping[str, Tensor],
-    metrics: Mapping[str, Metric],
-    candidates: Mapping[str, list[Candidate]],
-    budget: int,
+    candidates: Mapping[str, list[Candidate]], problem: Callable[[str], tuple[Tensor, Metric]], budget: int
 ) -> Choice:
     """The allocation of `budget` parameters, with every chosen candidate's error measured by its fit.
 
-    What is chosen by an estimate is fitted, its error put in the estimate's place, and the choice made anew, until
-    nothing chosen is an estimate.
+    What is chosen by the screening is estimated more closely, what is chosen by such an estimate is fitted, and the
+    choice is made anew with what was found, until all that is chosen was fitted.
+
+    Args:
+        problem: gives a matrix's weight (out_features, in_features) in float64 and its metric, by its name.
 
     Raises:
         RequestError: even the smallest candidates have more parameters.
@@ -93,23 +99,30 @@ def choose(
             budget,
         )
         chosen = {name: tables[name][index] for name, index in allocation.chosen.items()}
-        estimates = {name: each for name, each in chosen.items() if not each.is_exact}
-        if not estimates:
+        if all(each.evidence == FITTED for each in chosen.values()):
             return Choice(chosen, tables, allocation)
-        for name, each in estimates.items():
-            index = allocation.chosen[name]
-            weight, structure = weights[name].to(torch.float64), STRUCTURES[each.structure]
-            fitted = structure.expand(structure.fit(weight, each.spec, metrics[name]))
-            rise = metrics[name].squared_norm(weight - fitted) / 2
-            # Estimates of one kind err alike: what this one was wrong by corrects the others of its matrix.
-            factor = rise / each.rise if each.rise > 0 else 1.0
-            tables[name] = [
-                replace(other, rise=factor * other.rise)
-                if not other.is_exact and _kind(other) == _kind(each)
-                else other
-                for other in tables[name]
-            ]
-            tables[name][index] = replace(each, rise=rise, is_exact=True)
+        for name, each in chosen.items():
+            if each.evidence != FITTED:
+                tables[name] = _looked_at(each, tables[name], *problem(name))
+
+
+def _looked_at(candidate: Candidate, table: list[Candidate], weight: Tensor, metric: Metric) -> list[Candidate]:
+    """The table with one candidate known better, and others of its kind corrected by what its rise was wrong by."""
+    structure = STRUCTURES[candidate.structure]
+    if candidate.evidence == SCREENED:
+        known = replace(candidate, rise=structure.estimate(weight, candidate.spec, metric) / 2, evidence=ESTIMATED)
+    else:
+        fitted = structure.expand(structure.fit(weight, candidate.spec, metric))
+        known = replace(candidate, rise=metric.squared_norm(weight - fitted) / 2, evidence=FITTED)
+    factor = known.rise / candidate.rise if candidate.rise > 0 else 1.0
+    return [
+        known
+        if other is candidate
+        else replace(other, rise=factor * other.rise)
+        if other.evidence == candidate.evidence and _kind(other) == _kind(candidate)
+        else other
+        for other in table
+    ]
 
 
 def _kind(candidate: Candidate) -> tuple[str, tuple[Any, ...]]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from kronpress.calibration import PairedMoments, SequentialInputs
 from kronpress.checkpoint import attach_plan_
 from kronpress.errors import RequestError, WorkError
-from kronpress.matrices.metric import Metric, as_metric, metric_of
+from kronpress.matrices.metric import Metric, as_metric
 from kronpress.matrices.moments import InputMoments
 from kronpress.planning import LayerPlan, Plan
 from kronpress.recipe import Weighting
 from kronpress.surgery import dense_weight, linear_layers, replace_module_, structured_layer, weight_shape
+from kronpress.weighting import is_centred, shrinkage, shrunk, unshrunk_metric
 
 # Relative to the mean second moment of the inputs.
 SEQUENTIAL_RIDGE = 1e-2
@@ -78,9 +79,7 @@ def compress_(
         weight = layers[name].weight
         if not weight.isfinite().all():  # type: ignore[operator, union-attr]
             raise WorkError(f"the weight of {name!r} holds NaN or infinity")
-    problems = {}
-    if weighting.metric != "none":
-        problems = {name: _dense_problem(name, layers[name], weighting, moments or {}) for name in plan.layers}
+        _check_moments(name, layers[name], weighting, moments or {})
 
     reports = {}
     for done, (name, layer_plan) in enumerate(plan.layers.items()):
@@ -88,7 +87,9 @@ def compress_(
             progress(name, done, len(plan.layers))
         layer = layers[name]
         weight = dense_weight(layer)
-        dense = problem = problems.get(name, _Problem(weight))
+        dense = problem = _Problem(weight)
+        if moments is not None and weighting.metric != "none":
+            dense = problem = _dense_problem(layer, weighting, moments[name])
         if sequential is not None and weighting.sequential:
             problem = _sequential_problem(dense, sequential.moments(name))
         matrix = layer_plan.matrix_class.from_dense(
@@ -108,24 +109,33 @@ class _Problem:
     """What one layer is fitted to: `target` (out_features, in_features), in which metric, and whose mean output.
 
     `means` are E[x] of the dense model and E[x̃] of the inputs that the layer will get; None if its bias is kept.
+    `shrinkage` is that of the dense model's second moment.
     """
 
     target: Tensor
     metric: Metric | None = None
     means: tuple[Tensor, Tensor] | None = None
+    shrinkage: float = 0.0
 
 
-def _dense_problem(name: str, layer: nn.Module, weighting: Weighting, moments: Mapping[str, InputMoments]) -> _Problem:
-    """Of the weight itself, on the inputs of the dense model."""
+def _check_moments(name: str, layer: nn.Module, weighting: Weighting, moments: Mapping[str, InputMoments]) -> None:
+    if weighting.metric == "none":
+        return
     if name not in moments:
         raise RequestError(f"the metric {weighting.metric!r} needs moments of {name!r}, and there are none: calibrate")
-    weight, of_layer = dense_weight(layer), moments[name]
-    centred = weighting.bias_correction and layer.bias is not None
     try:
-        metric = as_metric(metric_of(of_layer, output=weighting.metric == "loss", centred=centred), weight)
+        unshrunk_metric(layer, dense_weight(layer), moments[name], weighting)
     except (RequestError, WorkError) as error:
         raise type(error)(f"{name}: {error}") from error
-    return _Problem(weight, metric, (of_layer.mean, of_layer.mean) if centred else None)
+
+
+def _dense_problem(layer: nn.Module, weighting: Weighting, moments: InputMoments) -> _Problem:
+    """Of the weight itself, on the inputs of the dense model."""
+    weight = dense_weight(layer)
+    metric = unshrunk_metric(layer, weight, moments, weighting)
+    amount = shrinkage(weight, metric, moments, weighting)
+    means = (moments.mean, moments.mean) if is_centred(layer, weighting) else None
+    return _Problem(weight, shrunk(metric, amount), means, amount)
 
 
 def _sequential_problem(dense: _Problem, paired: PairedMoments) -> _Problem:
@@ -142,7 +152,9 @@ def _sequential_problem(dense: _Problem, paired: PairedMoments) -> _Problem:
     moved = torch.linalg.solve(ridged, (cross - second).mT).mT.to(weight)
     means = None if dense.means is None else (paired.dense_mean, paired.mean)
     output = None if dense.metric is None else dense.metric.output
-    return _Problem(weight + weight @ moved, as_metric(Metric(second, output), weight), means)
+    metric = as_metric(Metric(second, output), weight)
+    assert metric is not None
+    return _Problem(weight + weight @ moved, shrunk(metric, dense.shrinkage), means)
 
 
 def _correct_bias_(layer: nn.Module, weight: Tensor, approximation: Tensor, dense_mean: Tensor, mean: Tensor) -> None:

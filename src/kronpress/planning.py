@@ -9,23 +9,24 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kronpress.candidates import DENSE, choose, screen
+from kronpress.candidates import DENSE, FITTED, choose, screen
 from kronpress.errors import RequestError, unknown_name
 from kronpress.families import target_patterns
 from kronpress.matrices import STRUCTURES, StructuredMatrix
-from kronpress.matrices.metric import Metric, as_metric, metric_of
+from kronpress.matrices.metric import Metric
 from kronpress.matrices.moments import InputMoments
 from kronpress.recipe import AUTO, Budget, Recipe, Weighting
 from kronpress.surgery import dense_weight, is_shared, linear_layers, structured_layers, weight_shape
+from kronpress.weighting import layer_metric
 
 
 class LayerPlan(BaseModel):
@@ -232,19 +233,17 @@ def _allocated(
     if any(layers[name].weight.is_meta for name in targets):  # type: ignore[union-attr]
         raise RequestError("a measured allocation needs the model's weights, not its configuration alone")
     names = [recipe.structure] if recipe.structure != AUTO else recipe.candidates
-    weights, metrics, tables = {}, {}, {}
-    for name, (out_features, in_features) in targets.items():
-        flops = 2 * out_features * in_features
 
-        def is_allowed(structure: str, spec: Any, shape: tuple[int, int] = targets[name], flops: int = flops) -> bool:
-            return not recipe.flops_not_above_dense or _count_flops(structure, *shape, spec) <= flops
+    def problem(name: str) -> tuple[Tensor, Metric]:
+        # Made anew each time: all metrics together may be larger than the model.
+        weight = dense_weight(layers[name]).detach().to(torch.float64)
+        return weight, layer_metric(layers[name], weight, moments[name], recipe.weighting)
 
-        weights[name] = dense_weight(layers[name])
-        centred = recipe.weighting.bias_correction and layers[name].bias is not None
-        metric = metric_of(moments[name], output=recipe.weighting.metric == "loss", centred=centred)
-        metrics[name] = as_metric(metric, weights[name]) or Metric()
-        tables[name] = screen(weights[name], metrics[name], names, is_allowed)
-    choice = choose(weights, metrics, tables, budget_params)
+    def is_allowed(shape: tuple[int, int], structure: str, spec: Any) -> bool:
+        return not recipe.flops_not_above_dense or _count_flops(structure, *shape, spec) <= 2 * prod(shape)
+
+    tables = {name: screen(*problem(name), names, partial(is_allowed, shape)) for name, shape in targets.items()}
+    choice = choose(tables, problem, budget_params)
     planned = {
         name: LayerPlan(
             structure=each.structure,
@@ -271,7 +270,7 @@ def _allocated(
                     spec=None if each.spec is None else each.spec.model_dump(mode="json"),
                     num_params=each.num_params,
                     predicted_rise=each.rise,
-                    is_exact=each.is_exact,
+                    is_exact=each.evidence == FITTED,
                 )
                 for each in table
             ]

@@ -72,10 +72,15 @@ class Calibration(_Section):
 class Weighting(_Section):
     """In which metric the fits are nearest, and what follows from it; all but `none` need a calibration."""
 
-    metric: Literal["none", "input", "loss"] = Field(
+    metric: Literal["none", "magnitude", "input", "loss"] = Field(
         "none",
-        description="`none`: the weight's own; `input`: the output error on real inputs; `loss`: that error as far as "
-        "the loss responds to it",
+        description="`none`: the weight's own; `magnitude`: that weighted by the inputs' mean magnitude; `input`: "
+        "the output error on real inputs; `loss`: that error as far as the loss responds to it",
+    )
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["held_out"] = Field(
+        0.0,
+        description="how far the inputs' second moment is drawn to its diagonal; `held_out`: what is best for each "
+        "layer on the held-out windows",
     )
     bias_correction: bool = Field(
         False, description="let biases take up the mean output error, and fit the rest; layers without one keep none"
@@ -86,8 +91,8 @@ class Weighting(_Section):
 
     @model_validator(mode="after")
     def _measured(self) -> Weighting:
-        if self.metric == "none" and (self.bias_correction or self.sequential):
-            raise ValueError("bias_correction and sequential need a metric, input or loss")
+        if self.metric in ("none", "magnitude") and (self.bias_correction or self.sequential or self.shrinkage):
+            raise ValueError("bias_correction, sequential and shrinkage need a metric, input or loss")
         return self
 
 
@@ -265,7 +270,7 @@ class Recipe(_Section):
                 raise unknown_name("structure", name, STRUCTURES)
         if self.structure == AUTO and self.allocation != "measured":
             raise ValueError(f"structure {AUTO} needs allocation: measured")
-        if self.allocation == "measured" and self.weighting.metric == "none":
+        if self.allocation == "measured" and self.weighting.metric in ("none", "magnitude"):
             raise ValueError("allocation: measured needs a weighting.metric, input or loss")
         if self.allocation == "measured" and (self.spec or self.fit):
             raise ValueError("allocation: measured chooses the sizes itself: leave out spec and fit")

@@ -21,9 +21,9 @@ from kronpress.errors import RequestError, WorkError
 from kronpress.matrices.moments import InputMoments
 
 # What is measured, and how it is stored; part of every key.
-FORMAT = 1
+FORMAT = 2
 _METADATA = "kronpress.moments"
-_TENSORS = ("second", "mean", "gradient", "held_out")
+_TENSORS = ("second", "mean", "gradient", "held_out", "magnitude")
 
 
 @dataclass(frozen=True, eq=False)

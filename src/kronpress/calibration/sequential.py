@@ -82,14 +82,15 @@ class SequentialInputs:
         for number, part in enumerate(self.compressed.parts):
             x, x_now = (part.tokens(self._input(stream, local, number)) for stream in (self.dense, self.compressed))
             for rows, rows_now in zip(*(each.split(max(1, CHUNK // x.shape[-1])) for each in (x, x_now)), strict=True):
-                wide, wide_now = rows.double(), rows_now.double()
+                # Products of one chunk in the model's own precision: what they lack is far below SEQUENTIAL_RIDGE.
+                single, single_now = (each.float() for each in (rows, rows_now))
                 for key, value in {
-                    "second": wide_now.mT @ wide_now,
-                    "cross": wide.mT @ wide_now,
-                    "mean": wide_now.sum(0),
-                    "dense_mean": wide.sum(0),
+                    "second": single_now.mT @ single_now,
+                    "cross": single.mT @ single_now,
+                    "mean": single_now.sum(0),
+                    "dense_mean": single.sum(0),
                 }.items():
-                    sums[key] = value if key not in sums else sums[key] + value
+                    sums[key] = value.double() if key not in sums else sums[key].add_(value)
             num_tokens += len(x)
         if not all(value.isfinite().all() for value in sums.values()):
             raise WorkError(f"the input of {name!r} holds NaN or infinity")

@@ -23,13 +23,14 @@ CHUNK = 2**22
 
 
 class _Sums:
-    """Σ r rᵀ and Σ r over rows r (features,), in float64 on their device; `label` says what they are."""
+    """Σ r rᵀ, Σ r and Σ |r| over rows r (features,), in float64 on their device; `label` says what they are."""
 
     def __init__(self, label: str, like: Tensor) -> None:
         width = like.shape[-1]
         self.label = label
         self.outer = torch.zeros(width, width, dtype=torch.float64, device=like.device)
         self.total = torch.zeros(width, dtype=torch.float64, device=like.device)
+        self.magnitude = torch.zeros_like(self.total)
         self.num_rows = 0
 
     def add(self, rows: Tensor) -> None:
@@ -37,13 +38,15 @@ class _Sums:
             chunk = chunk.double()
             self.outer.addmm_(chunk.mT, chunk)
             self.total += chunk.sum(dim=0)
+            self.magnitude += chunk.abs().sum(dim=0)
         self.num_rows += len(rows)
         self._check(self.total)
 
-    def moments(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Both sums over `num_rows`, on the CPU; they are used up."""
+    def moments(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums over `num_rows`, on the CPU; they are used up."""
         self._check(self.outer)
-        return self.outer.div_(num_rows).cpu(), self.total.div_(num_rows).cpu()
+        second, mean, magnitude = (each.div_(num_rows).cpu() for each in (self.outer, self.total, self.magnitude))
+        return second, mean, magnitude
 
     def _check(self, sums: Tensor) -> None:
         if not sums.isfinite().all():
@@ -133,7 +136,8 @@ class Collector:
         for name in self.layers:
             leader = self.leaders[name]
             gradient = self._gradient(name, num_tokens[leader]) if with_gradient else None
-            result[name] = InputMoments(*moments[leader], num_tokens[leader], gradient, held_out.get(leader))
+            second, mean, magnitude = moments[leader]
+            result[name] = InputMoments(second, mean, num_tokens[leader], gradient, held_out.get(leader), magnitude)
         return result
 
     def _gradient(self, name: str, num_tokens: int) -> Tensor:

@@ -117,11 +117,11 @@ def num_bytes(shapes: Iterable[tuple[int, int]], sensitivity: bool, held_out: bo
     It is less where layers read the same tensor.
 
     >>> num_bytes([(2, 3)], sensitivity=True, held_out=True)
-    200
+    224
     """
     numbers = 0
     for out_features, in_features in shapes:
-        numbers += in_features**2 * (2 if held_out else 1) + in_features
+        numbers += in_features**2 * (2 if held_out else 1) + 2 * in_features
         numbers += out_features**2 if sensitivity else 0
     return numbers * torch.float64.itemsize
 

@@ -22,6 +22,7 @@ from kronpress.matrices.svd import balanced_svd
 
 # What `screen` looks at; larger B cost much to look at and come out like low rank.
 SCREENED_SIDES = (1, 2, 3, 4, 6, 8, 12, 16)
+MOST_TERMS = 32
 OPTIMISM = 0.7
 
 
@@ -150,15 +151,16 @@ class Kronecker(StructuredMatrix):
         Kronecker.factor_shapes(out_features, in_features, spec)
         Kronecker.check_options(spec, options)
         (m1, n1), (m2, n2), k = spec.left_shape, spec.right_shape, spec.num_terms
+        w = weight.to(torch.float64)
         if options.start == "prune":
             left = weight[::m2, None, ::n2]
             small = 0.1 if options.prune_small_factor is None else options.prune_small_factor
             right = weight.new_tensor([1.0, small]).reshape(m2, 1, n2)
         elif metric is not None:
-            a, b = nearest_sum(weight.to(torch.float64), (m1, n1), (m2, n2), k, metric)
+            a, b = nearest_sum(w, (m1, n1), (m2, n2), k, metric.where_it_sees)
             left, right = a.transpose(0, 1), b.transpose(0, 1)
         else:
-            blocks = rearranged(weight.to(torch.float64), (m1, n1), (m2, n2))  # (p a, q b)
+            blocks = rearranged(w, (m1, n1), (m2, n2))  # (p a, q b)
             a, b = balanced_svd(blocks, k)  # (p a, i), (i, q b)
             if options.start == "adaptive":
                 # The terms are orthogonal, each as large as the square of its half in `a`.
@@ -183,10 +185,10 @@ class Kronecker(StructuredMatrix):
 
     @classmethod
     def screen(cls, weight: Tensor, metric: Metric) -> list[tuple[KroneckerSpec, float, bool]]:
-        """Small B of every shape up to 16×16, with up to as many terms as the matrix has parameters for.
+        """Small B of every shape up to 16×16, of up to MOST_TERMS terms.
 
-        The errors are those in the nearest separable metric, scaled to the norm of W in the true one, and taken at
-        OPTIMISM of that: the true metric has the alternation to gain by. They are computed in single precision.
+        The errors are those in the nearest separable metric, scaled to the norm of W in the true one. They are computed
+        in single precision, and are mostly too low: a separable metric is easy to be near in.
         """
         out_features, in_features = weight.shape
         energy = metric.squared_norm(weight)
@@ -204,12 +206,20 @@ class Kronecker(StructuredMatrix):
                 continue
             left_shape = out_features // m2, in_features // n2
             discarded, seen_energy = screened(single, left_shape, (m2, n2), output, input)
-            scale = OPTIMISM * energy / seen_energy.item() if seen_energy > 0 else 0.0
+            scale = energy / seen_energy.item() if seen_energy > 0 else 0.0
             per_term = left_shape[0] * left_shape[1] + m2 * n2
-            most = min(*map(prod, (left_shape, (m2, n2))), (weight.numel() - 1) // per_term)
+            most = min(MOST_TERMS, *map(prod, (left_shape, (m2, n2))), (weight.numel() - 1) // per_term)
             for k, error in enumerate((scale * discarded[:most]).tolist(), start=1):
                 found.append((KroneckerSpec(left_shape=left_shape, right_shape=(m2, n2), num_terms=k), error, False))
         return found
+
+    @classmethod
+    def estimate(cls, weight: Tensor, spec: KroneckerSpec, metric: Metric) -> float:
+        """The error of the separable start in the true metric, of which the alternation is given OPTIMISM to reach."""
+        sizes = spec.left_shape, spec.right_shape, spec.num_terms
+        left, right = nearest_sum(weight, *sizes, metric.where_it_sees, max_sweeps=0)
+        start = cls.expand({"weight": left.transpose(0, 1), "right": right.transpose(0, 1)})
+        return OPTIMISM * metric.squared_norm(weight - start)
 
     @classmethod
     def candidate_specs(  # type: ignore[override]

@@ -29,7 +29,12 @@ def rearranged(weight: Tensor, left_shape: Shape, right_shape: Shape) -> Tensor:
 
 
 def nearest_sum(
-    weight: Tensor, left_shape: Shape, right_shape: Shape, num_terms: int, metric: Metric
+    weight: Tensor,
+    left_shape: Shape,
+    right_shape: Shape,
+    num_terms: int,
+    metric: Metric,
+    max_sweeps: int = MAX_SWEEPS,
 ) -> tuple[Tensor, Tensor]:
     """A (k, m1, n1) and B (k, m2, n2) for which tr(G ΔW C ΔWᵀ) of ΔW = W − Σ A_i ⊗ B_i is least.
 
@@ -52,7 +57,7 @@ def nearest_sum(
         left, right = _thin(weight, left_shape, right_shape, num_terms, metric.input)
     else:
         left, right = separable_start(weight, left_shape, right_shape, num_terms, metric.input)
-        left, right, _ = alternate(weight, left, right, metric.input)
+        left, right, _ = alternate(weight, left, right, metric.input, max_sweeps)
     if undo is not None:
         left, right = undo[0] @ left, undo[1] @ right
     return balanced(left, right)
@@ -70,14 +75,14 @@ def screened(
         weight: W (m, n).
         output, input: (G1, G2) and (C1, C2), each positive semi-definite; None is the identity.
     """
-    seen, small_root = weight, torch.ones(1, 1, dtype=weight.dtype, device=weight.device)
-    for sides, times, size in ((output, rows_times, right_shape[0]), (input, columns_times, right_shape[1])):
-        identity = torch.eye(size, dtype=weight.dtype, device=weight.device)
+    small = [torch.eye(size, dtype=weight.dtype, device=weight.device) for size in right_shape]
+    seen, small_roots = weight, list(small)
+    for i, (sides, times) in enumerate(((output, rows_times), (input, columns_times))):
         if sides is not None:
-            seen = times(seen, sides[0].to(seen), identity)
-        small_root = torch.kron(small_root, identity if sides is None else square_root(sides[1].to(seen), floor=0)[0])
+            seen = times(seen, sides[0].to(seen), small[i])
+            small_roots[i] = square_root(sides[1], floor=0)[0].to(seen)
     blocks, seen_blocks = (rearranged(each, left_shape, right_shape) for each in (weight, seen))
-    gram = small_root @ (blocks.mT @ seen_blocks) @ small_root
+    gram = rows_times(columns_times(blocks.mT @ seen_blocks, *small_roots), *small_roots)
     energies = torch.linalg.eigvalsh(gram.to(torch.float64)).flip(0).clamp(min=0)
     return (energies.sum() - energies.cumsum(0)).clamp(min=0), energies.sum()
 
@@ -192,8 +197,11 @@ def _solved(gram: Tensor, target: Tensor, old: Tensor) -> Tensor:
     """The minimiser X of ⟨X H, X⟩ − 2⟨X, T⟩, drawn to the old one; both (k, rows, columns)."""
     k, rows, columns = old.shape
     weight_of_old = PROXIMAL * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    ridged = gram + weight_of_old * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    goal = (target + weight_of_old * _flat(old)).mT
-    factor, failed = torch.linalg.cholesky_ex(ridged)
-    new = torch.linalg.lstsq(ridged, goal).solution if failed else torch.cholesky_solve(goal, factor)
-    return new.mT.reshape(rows, k, columns).transpose(0, 1)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + weight_of_old * identity)
+        if not failed:
+            break
+        weight_of_old = 10 * weight_of_old
+    new = torch.cholesky_solve((target + weight_of_old * _flat(old)).mT, factor).mT
+    return new.reshape(rows, k, columns).transpose(0, 1)

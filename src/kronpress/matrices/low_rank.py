@@ -62,7 +62,7 @@ class LowRank(StructuredMatrix):
         LowRank.factor_shapes(out_features, in_features, spec)
         metric = as_metric(moments, weight)
         w = weight.to(torch.float64)
-        u, v = balanced_svd(w, spec.rank) if metric is None else nearest_product(w, spec.rank, metric)
+        u, v = balanced_svd(w, spec.rank) if metric is None else nearest_product(w, spec.rank, metric.where_it_sees)
         return {"weight": u.to(weight.dtype)[..., None].contiguous(), "right": v.to(weight.dtype).contiguous()}
 
     @classmethod

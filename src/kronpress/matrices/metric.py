@@ -38,13 +38,18 @@ class Metric:
         left = d if self.output is None else self.output.to(d) @ d
         return (left * right).sum().item()
 
+    @property
+    def where_it_sees(self) -> Metric:
+        """The same without a side that is zero, as for constant inputs about their mean: by it all fits are equal."""
+        sides = (None if side is None or not side.any() else side for side in (self.input, self.output))
+        return Metric(*sides)
 
-def metric_of(moments: InputMoments, *, output: bool, centred: bool, shrinkage: float = 0.0) -> Metric:
+
+def metric_of(moments: InputMoments, *, output: bool, centred: bool) -> Metric:
     """The metric of a layer's inputs, and with `output` of the loss's response to its outputs.
 
     `centred` takes the covariance C − μμᵀ in place of C, for a layer whose bias is corrected afterwards: with
-    b' = b + (W − Ŵ) μ the mean output has no error, and what is left is that of x − μ. C is shrunk to
-    (1 − ρ) C + ρ diag(C), ρ being the `shrinkage`.
+    b' = b + (W − Ŵ) μ the mean output has no error, and what is left is that of x − μ.
 
     Raises:
         RequestError: `output` without `moments.gradient`.
@@ -52,7 +57,6 @@ def metric_of(moments: InputMoments, *, output: bool, centred: bool, shrinkage: 
     second = moments.second
     if centred:
         second = second - torch.outer(moments.mean, moments.mean)
-    second = (1 - shrinkage) * second + shrinkage * torch.diag(second.diagonal())
     if output and moments.gradient is None:
         raise RequestError("the metric `loss` needs the loss's gradients: calibrate with calibration.sensitivity=true")
     return Metric(second, moments.gradient if output else None)

@@ -11,9 +11,10 @@ from torch import Tensor
 class InputMoments:
     """Second moment and mean of one layer's input over `num_tokens` tokens, and how the loss responds to its output.
 
-    All in float64. `second` is E[x xᵀ] (in_features, in_features) and `mean` E[x] (in_features,). `gradient` is
-    E[g gᵀ] (out_features, out_features) of the loss's gradient g by the layer's output, None if not measured.
-    `held_out` is E[x xᵀ] of tokens that are in none of the above, to choose the shrinkage by, None if there are none.
+    All in float64. `second` is E[x xᵀ] (in_features, in_features), `mean` E[x] and `magnitude` E|x| (in_features,),
+    None if not measured. `gradient` is E[g gᵀ] (out_features, out_features) of the loss's gradient g by the layer's
+    output, None if not measured. `held_out` is E[x xᵀ] of tokens that are in none of the above, to choose the shrinkage
+    by, None if there are none.
     """
 
     second: Tensor
@@ -21,3 +22,4 @@ class InputMoments:
     num_tokens: int
     gradient: Tensor | None = None
     held_out: Tensor | None = None
+    magnitude: Tensor | None = None

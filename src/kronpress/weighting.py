@@ -1,0 +1,84 @@
+"""The metric in which one layer is fitted: from what calibration measured, as a recipe's `weighting` says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from kronpress.errors import RequestError
+from kronpress.matrices.low_rank import nearest_product
+from kronpress.matrices.metric import Metric, as_metric, metric_of
+from kronpress.matrices.moments import InputMoments
+from kronpress.recipe import Weighting
+
+# What is tried where the shrinkage is chosen.
+SHRINKAGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+# At least this where there are fewer tokens than inputs, and nothing was held out to choose it by.
+SHRINKAGE_UNSEEN = 0.1
+
+
+def is_centred(layer: nn.Module, weighting: Weighting) -> bool:
+    """Whether the layer's bias takes up the mean output error, so that the rest is fitted about the mean."""
+    return weighting.bias_correction and layer.bias is not None
+
+
+def layer_metric(layer: nn.Module, weight: Tensor, moments: InputMoments, weighting: Weighting) -> Metric:
+    """`unshrunk_metric` with its inputs' second moment shrunk as the weighting says."""
+    metric = unshrunk_metric(layer, weight, moments, weighting)
+    return shrunk(metric, shrinkage(weight, metric, moments, weighting))
+
+
+def unshrunk_metric(layer: nn.Module, weight: Tensor, moments: InputMoments, weighting: Weighting) -> Metric:
+    """The metric for `weight` (m, n), the weight of `layer`, by its moments; in float64 on the weight's device.
+
+    `input` and `loss` are `metric_of` without and with the loss's gradients. `magnitude` is C = diag(E|x|): ASVD's
+    W·diag(s^α) with s = E|x| and α = ½ (arXiv 2312.05821).
+
+    Raises:
+        RequestError: the moments are of another size, or without what the metric needs.
+        WorkError: they hold NaN or infinity.
+    """
+    if weighting.metric == "magnitude":
+        if moments.magnitude is None:
+            raise RequestError("the metric `magnitude` needs E|x|, which these moments do not have: calibrate anew")
+        metric = Metric(torch.diag(moments.magnitude))
+    else:
+        metric = metric_of(moments, output=weighting.metric == "loss", centred=is_centred(layer, weighting))
+    checked = as_metric(metric, weight)
+    assert checked is not None
+    return checked
+
+
+def shrunk(metric: Metric, amount: float) -> Metric:
+    """The metric with (1 − ρ) C + ρ diag(C) in place of C, ρ being the `amount`."""
+    if amount == 0 or metric.input is None:
+        return metric
+    return replace(metric, input=(1 - amount) * metric.input + amount * torch.diag(metric.input.diagonal()))
+
+
+def shrinkage(weight: Tensor, metric: Metric, moments: InputMoments, weighting: Weighting) -> float:
+    """ρ of `shrunk`: the recipe's, or that with the least output error on the inputs that were held out.
+
+    It is chosen for low rank at half of the parameters of `weight` (m, n), whatever will be fitted. Where there are
+    fewer tokens than inputs C is singular for want of data alone: there it is never 0.
+    """
+    asked = weighting.shrinkage if isinstance(weighting.shrinkage, float) else None  # None: held_out
+    is_short = moments.num_tokens < len(moments.mean)
+    if metric.input is None or weighting.metric == "magnitude":
+        return 0.0
+    if asked is not None and not is_short:
+        return asked
+    if moments.held_out is None:
+        return max(SHRINKAGE_UNSEEN, asked or 0.0)
+    # What was taken from E[x xᵀ] to make C is taken from the other moment as well.
+    unseen = replace(metric, input=moments.held_out.to(metric.input) - moments.second.to(metric.input) + metric.input)
+    rank = max(1, weight.numel() // (2 * sum(weight.shape)))
+    w = weight.to(torch.float64)
+
+    def error(amount: float) -> float:
+        u, v = nearest_product(w, rank, shrunk(metric, amount).where_it_sees)
+        return unseen.squared_norm(w - u @ v)
+
+    return min(SHRINKAGES[1 if is_short else 0 :], key=error)
