@@ -1,4 +1,4 @@
-"""How long calibrating, planning and fitting take at a real geometry, and how much memory: random weights, random tokens.
+"""How long calibrating, planning and fitting take at a real geometry, and how much memory they need: random weights.
 
     python benchmarks/fit_speed.py --out benchmarks/results/fit_speed.json
 

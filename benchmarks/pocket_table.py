@@ -155,7 +155,21 @@ def table(results: Annotated[Path, typer.Argument(exists=True)]) -> None:
 
 def render(results: dict[str, Any]) -> str:
     """One table for each text: all rows in order, sizes, and perplexity before and after healing."""
-    lines = []
+    settings, healed = results["settings"], [row for row in results["rows"] if "after" in row]
+    lines = [
+        "# Krony-PT on `pocket`, beside its rivals",
+        "",
+        f"    {results['command']} --out benchmarks/results/pocket_table.json",
+        "    python benchmarks/pocket_table.py table benchmarks/results/pocket_table.json > docs/results/krony.md",
+        "",
+        f"Every row but those of the dense model's bytes was healed for {settings['steps']} steps on the same "
+        f"{healed[0]['tokens']:,} tokens by plain language-model loss, with the rate that did best of "
+        f"{', '.join(f'{rate:g}' for rate in settings['rates'])} in a fifth of the steps; that was judged on the "
+        "validation books, which no figure below is of. *dense, dense* is the dense model trained further on the same "
+        "tokens, *blocks* a model with every second block dropped until it is as small. One seed. What the figures say "
+        "is in [Krony-PT](../krony-pt.md).",
+        "",
+    ]
     for name, figures in results["rows"][0]["before"].items():
         lines += [
             f"On {name} (protocol {figures['protocol']}, window and stride {figures['window']} tokens, BOS first; "
