@@ -232,6 +232,26 @@ def test_a_rival_of_free_sizes_has_the_same_targets(job, tmp_path):
     assert results["rivals"][0]["plan"]["layers"].keys() == results["plan"]["layers"].keys()
 
 
+def test_auto_runs_from_text_to_results_and_shares_its_calibration_with_rivals(job, tmp_path):
+    calibration = {"data": job().healing.data, "windows": 8, "sequence_length": 16}
+    weighting = {"metric": "loss", "bias_correction": True, "sequential": True}
+    measured = {"calibration": calibration, "weighting": weighting, "allocation": "measured"}
+    low_rank = job(structure="low_rank", rivals=["svd-llm", "asvd"], **measured)
+    recipe = kp.load_recipe({**low_rank.model_dump(mode="json"), "structure": "auto"})
+    stages: list[str] = []
+    out = tmp_path / "run"
+    results = run(recipe, out, messages=Messages(stages.append, lambda _: None))
+    assert sum(stage.startswith("calibrating for") for stage in stages) == 1
+    assert [rival["recipe"]["name"] for rival in results["rivals"]] == ["svd-llm", "asvd"]
+    assert all(row["num_params"] <= results["plan"]["num_params"] for row in results["rows"][1:])
+    assert results["plan"]["allocation"]["candidates"].keys() == results["layers"].keys() | set(
+        results["plan"]["allocation"]["kept_dense"]
+    )
+    loaded = kp.load_model(str(out))
+    healed = [row for row in results["rows"] if row["name"] == f"{recipe.name}, healed"]
+    assert_same_metrics(healed[0]["metrics"], measure(loaded.model, loaded.tokenizer, recipe))
+
+
 @pytest.mark.parametrize(
     ("rival", "message"),
     [("block", "unknown rival 'block': did you mean 'blocks'"), ("krony-67m", "does not divide out_features")],

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from kronpress.calibration import Moments, SequentialInputs, calibrate, calibration_batches
+from kronpress.calibration import Moments, SequentialInputs, calibrate, calibration_batches, moments_key
 from kronpress.checkpoint import (
     LoadedModel,
     atomic_folder,
@@ -99,12 +99,15 @@ def run(
     rival_recipes = {name: _rival_recipe(name, recipe) for name in recipe.rivals if name not in RIVALS}
     messages.stage(f"loading {recipe.model}")
     teacher = load_model(recipe.model, recipe.revision)
-    moments = measured_moments(recipe, teacher, messages.stage)
+    known: dict[str, Moments] = {}
+    moments = measured_moments(recipe, teacher, messages.stage, known)
     plan = make_plan(teacher.model, recipe, moments)
     # All plans before any work: a budget that a rival cannot meet is a wrong request.
     budget = Budget(params=plan.num_params)
     rival_recipes = {name: rival.model_copy(update={"budget": budget}) for name, rival in rival_recipes.items()}
-    rival_moments = {name: measured_moments(rival, teacher, messages.stage) for name, rival in rival_recipes.items()}
+    rival_moments = {
+        name: measured_moments(rival, teacher, messages.stage, known) for name, rival in rival_recipes.items()
+    }
     rival_plans = {name: make_plan(teacher.model, rival, rival_moments[name]) for name, rival in rival_recipes.items()}
     arena = _Arena(recipe, teacher, _train_tokens(teacher.tokenizer, recipe, messages), _texts(recipe), messages)
 
@@ -172,13 +175,23 @@ class _Arena:
     messages: Messages
 
 
-def measured_moments(recipe: Recipe, loaded: LoadedModel, message: Callable[[str], None]) -> Moments | None:
-    """The calibration that the recipe needs; None if it needs none."""
+def measured_moments(
+    recipe: Recipe, loaded: LoadedModel, message: Callable[[str], None], known: dict[str, Moments] | None = None
+) -> Moments | None:
+    """The calibration that the recipe needs; None if it needs none.
+
+    Args:
+        known: calibrations by their keys, to take it from if it is there, and to put it into.
+    """
     if recipe.weighting.metric == "none":
         return None
-    message(f"calibrating for {recipe.name} on {recipe.calibration.data}")
     batches = calibration_batches(loaded.tokenizer, recipe, CALIBRATION_BATCH)
-    return calibrate(loaded.model, batches, recipe, messages=message)
+    known = {} if known is None else known
+    key = moments_key(loaded.model, recipe, batches)
+    if key not in known:
+        message(f"calibrating for {recipe.name} on {recipe.calibration.data}")
+        known[key] = calibrate(loaded.model, batches, recipe, messages=message)
+    return known[key]
 
 
 def compress_loaded_(
