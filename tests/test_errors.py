@@ -93,6 +93,13 @@ def not_finite(tools: SimpleNamespace) -> None:
         tools.save(model, Path(name))
 
 
+def overflowing(tools: SimpleNamespace) -> None:
+    model = tools.model("gpt2")
+    with torch.no_grad():
+        model.transformer.h[0].ln_2.weight[3] = 3e38  # times a normalised input of more than 1: infinity
+    tools.save(model, Path("overflowing"))
+
+
 def nan_at_the_third_step(tools: SimpleNamespace) -> None:
     loss, calls = healing.language_model_loss, itertools.count(1)
     tools.monkeypatch.setattr(
@@ -121,11 +128,13 @@ MADE = {
     "Teacher and student with different vocabularies": other_vocabulary,
     "Empty text": short_texts,
     "Text that is too short": short_texts,
+    "A calibration that cannot be": short_texts,
     "Text that is not UTF-8": latin_1,
     "Weights that are cut short": truncated,
     "Weights that were altered": altered,
     "A checkpoint of a newer format": newer,
     "NaN or infinity in a weight": not_finite,
+    "NaN or infinity in what a layer reads": overflowing,
     "A loss that becomes NaN in healing": nan_at_the_third_step,
     "A full disk": full_disk,
 }
