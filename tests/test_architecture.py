@@ -16,11 +16,13 @@ ORDER = (
     "matrices",
     "layers",
     "recipe",
+    "weighting",
     "families",
     "surgery",
     "allocation",
     "candidates",
     "planning",
+    "spectrum",
     "rivals",
     "tokens",
     "evaluation",
@@ -43,8 +45,8 @@ ONLY_IN = {
     "click": {"cli"},
     "lm_eval": {"harness"},
 }
-# Packages of optional extras, imported where they are used.
-OPTIONAL = {"lm_eval"}
+# Packages of optional extras, and what is slow to import and seldom needed: imported where they are used.
+OPTIONAL = {"lm_eval", "matplotlib"}
 NOT_IN = {"transformers": {"errors", "version", "matrices", "layers", "recipe", "families"}}
 SOURCES = {path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
 

@@ -36,6 +36,7 @@ from kronpress.report import (
     results_table,
     tasks_table,
 )
+from kronpress.spectrum import check_plot_path, plot_spectrum, spectrum, spectrum_tables
 from kronpress.tokens import load_running_text, load_train_tokens
 
 app = typer.Typer(
@@ -81,27 +82,68 @@ def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="r
 
 
 @app.command()
-def plan(model: Model, recipe: RecipeOption, changes: SetOption = None, as_json: JsonOption = False) -> None:
+def plan(
+    model: Model,
+    recipe: RecipeOption,
+    changes: SetOption = None,
+    with_spectrum: Annotated[
+        bool,
+        typer.Option("--spectrum", help="also show what each structure captures of the weights at equal parameters"),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="draw the spectrum into a .png, .svg or .pdf file")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what would be replaced by what; sizes and FLOPs; touches no weight.
 
-    MODEL may also be a bare geometry, such as gpt2, gpt2-medium or llama-2-7b. A recipe whose allocation is measured
-    needs the model's weights, and calibrates them first.
+    MODEL may also be a bare geometry, such as gpt2, gpt2-medium or llama-2-7b. --spectrum, and a recipe whose
+    allocation is measured, need the model's weights; where the recipe fits to real inputs they are calibrated first.
     """
+    if plot is not None:
+        if not with_spectrum:
+            raise RequestError(f"--plot {str(plot)!r} draws the spectrum: give --spectrum as well")
+        check_plot_path(plot)
     resolved = load_recipe(recipe, changes, model)
-    if resolved.allocation == "measured":
+    measured = None
+    if resolved.allocation == "measured" or with_spectrum:
         if model in GEOMETRIES:
-            raise RequestError(
-                f"recipe {resolved.name!r} measures its allocation: {model!r} by name alone has no weights"
+            reason = (
+                "--spectrum needs weights, and moments if the recipe fits to inputs"
+                if with_spectrum
+                else f"recipe {resolved.name!r} measures its allocation"
             )
+            raise RequestError(f"{reason}: {model!r} by name alone has no weights")
         loaded = load_model(model, resolved.revision)
-        made = make_plan(loaded.model, resolved, measured_moments(resolved, loaded, _say))
+        moments = measured_moments(resolved, loaded, _say)
+        made = make_plan(loaded.model, resolved, moments)
+        if with_spectrum:
+            measured = spectrum(
+                loaded.model, resolved, moments, lambda name, done, total: _say(f"  {done + 1}/{total} {name}")
+            )
     else:
         made = make_plan(load_config(model, resolved.revision), resolved)
+    if measured is not None and plot is not None:
+        plot_spectrum(measured, plot)
     if as_json:
-        _print_json(made.model_dump(mode="json"))
+        document = made.model_dump(mode="json")
+        if measured is not None:
+            document["spectrum"] = measured.model_dump(mode="json")
+        _print_json(document)
         return
     for table in plan_tables(made):
         out_console.print(table)
+    if measured is None:
+        return
+    for table in spectrum_tables(measured):
+        out_console.print()
+        out_console.print(table)
+    if moments is None:
+        out_console.print(
+            f"recipe {resolved.name!r} is not calibrated: --set weighting.metric=input adds the energy of outputs"
+        )
+    if plot is not None:
+        out_console.print(f"plot: {plot}")
 
 
 @app.command()

@@ -171,10 +171,10 @@ def make_plan(
 
     num_params_dense = sum(p.numel() for p in model.parameters() if p.is_floating_point())
     targets_dense = sum(out * inn for out, inn in targets.values())
-    dtype = _stored_dtype(model)
+    dtype = stored_dtype(model)
     allocation = None
     try:
-        budget_params = _target_params(recipe.budget, num_params_dense, targets_dense, dtype.itemsize)
+        budget_params = target_params(recipe.budget, num_params_dense, targets_dense, dtype.itemsize)
         if recipe.allocation == "measured":
             planned, allocation = _allocated(layers, targets, recipe, budget_params, moments)
         else:
@@ -301,7 +301,7 @@ def meta_model(config: PreTrainedConfig) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _stored_dtype(model: nn.Module) -> torch.dtype:
+def stored_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that the configuration names, or else that of the weights."""
     named = getattr(getattr(model, "config", None), "dtype", None)
     if isinstance(named, torch.dtype):
@@ -327,7 +327,7 @@ def find_targets(model: nn.Module, layers: dict[str, nn.Module], recipe: Recipe)
     return {name: weight_shape(layer) for name, layer in layers.items() if name in found}
 
 
-def _target_params(budget: Budget, model_dense: int, targets_dense: int, itemsize: int) -> int | None:
+def target_params(budget: Budget, model_dense: int, targets_dense: int, itemsize: int) -> int | None:
     """How many parameters the budget leaves for the targeted layers; None without a budget."""
     if budget.kept_of_targets is not None:
         return int(budget.kept_of_targets * targets_dense)
