@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -130,3 +131,32 @@ def test_the_figures_of_pocket_are_those_of_the_committed_results():
     assert rows[-1]["tokens"] >= 20 * quality["num_params"]
     assert rows[-1]["validation_nats"] == min(row["validation_nats"] for row in rows)
     assert len(re.findall("^> ", page, re.MULTILINE)) == len(quality["continuations"]) == 3
+
+
+def test_the_page_of_krony_pt_has_the_figures_of_the_committed_table():
+    results = json.loads((ROOT / "benchmarks" / "results" / "pocket_table.json").read_text(encoding="utf-8"))
+    module = runpy.run_path(str(ROOT / "benchmarks" / "pocket_table.py"))
+    assert (ROOT / "docs" / "results" / "krony.md").read_text(encoding="utf-8") == module["render"](results)
+    assert [row["name"] for row in results["rows"]] == [row["name"] for row in module["all_rows"]()]
+    rows = {row["name"]: row for row in results["rows"]}
+
+    def perplexity(name: str, stage: str) -> str:
+        return f"{rows[name][stage]['test books']['perplexity']:,.2f}"
+
+    page = (ROOT / "docs" / "krony-pt.md").read_text(encoding="utf-8")
+    for size in module["SIZES"]:
+        names = [f"{size}, van_loan", f"{size}, adaptive", f"low rank, as {size}", f"blocks, as {size}"]
+        cells = [
+            f"{perplexity(name, 'before')} → {perplexity(name, 'after')}" if name in rows else "–" for name in names
+        ]
+        assert f"| {size} | {' | '.join(cells)} |" in page
+    words = " ".join(page.split())
+    for name, stage in [
+        ("dense, dense", "before"),
+        ("dense, dense", "after"),
+        ("dense, 4-bit", "before"),
+        ("krony-96m, prune [1, 0.1]", "after"),
+        ("krony-96m, prune [1, 0]", "after"),
+    ]:
+        assert perplexity(name, stage) in words
+    assert f"{rows['krony-96m, van_loan']['tokens']:,} tokens" in words
