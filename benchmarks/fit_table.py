@@ -41,7 +41,7 @@ from transformers.utils import logging as transformers_logging
 import kronpress as kp
 from kronpress.calibration import calibration_batches, load_moments, moments_key
 from kronpress.checkpoint import LoadedModel, cast_parameters_
-from kronpress.pipeline import CALIBRATION_BATCH, compress_loaded_
+from kronpress.pipeline import calibration_batch, compress_loaded_
 from kronpress.recipe import Healing
 from kronpress.rivals import RIVALS, Contender
 from kronpress.tokens import Split
@@ -226,7 +226,7 @@ def calibrated(recipe: kp.Recipe, loaded: LoadedModel, folder: Path) -> tuple[kp
     """The recipe's moments, measured once for all rows that need the same, and the seconds that took."""
     if recipe.weighting.metric == "none":
         return None, 0.0
-    batches = calibration_batches(loaded.tokenizer, recipe, CALIBRATION_BATCH)
+    batches = calibration_batches(loaded.tokenizer, recipe, calibration_batch(recipe))
     key = moments_key(loaded.model, recipe, batches)
     path, note = folder / f"{key}.safetensors", folder / f"{key}.json"
     if not note.is_file():

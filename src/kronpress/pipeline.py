@@ -40,8 +40,8 @@ from kronpress.tokens import RunningText, load_running_text, load_train_tokens
 RESULTS_FORMAT = 1
 PROMPT = "It was a cold evening in November, and the old man"
 CONTINUATION_TOKENS = 40
-# Sequences in memory at once while calibrating.
-CALIBRATION_BATCH = 8
+# Tokens in memory at once while calibrating: GPT-2's logits of so many, and their gradients, take 0.4 GB.
+CALIBRATION_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,11 @@ class _Arena:
     messages: Messages
 
 
+def calibration_batch(recipe: Recipe) -> int:
+    """How many sequences are in memory at once while calibrating."""
+    return max(1, CALIBRATION_TOKENS // recipe.calibration.sequence_length)
+
+
 def measured_moments(
     recipe: Recipe, loaded: LoadedModel, message: Callable[[str], None], known: dict[str, Moments] | None = None
 ) -> Moments | None:
@@ -185,7 +190,7 @@ def measured_moments(
     """
     if recipe.weighting.metric == "none":
         return None
-    batches = calibration_batches(loaded.tokenizer, recipe, CALIBRATION_BATCH)
+    batches = calibration_batches(loaded.tokenizer, recipe, calibration_batch(recipe))
     known = {} if known is None else known
     key = moments_key(loaded.model, recipe, batches)
     if key not in known:
@@ -204,7 +209,7 @@ def compress_loaded_(
     """`compress_` the loaded model in place with all that the plan needs."""
     if not plan.weighting.sequential:
         return compress_(loaded.model, plan, progress, moments=moments)
-    batches = calibration_batches(loaded.tokenizer, recipe, CALIBRATION_BATCH)
+    batches = calibration_batches(loaded.tokenizer, recipe, calibration_batch(recipe))
     with (
         tempfile.TemporaryDirectory() as folder,
         SequentialInputs(loaded.model, batches, Path(folder)) as sequential,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kronpress.calibration.batches import Batch, checked_batches, count_tokens, divide, to_device
-from kronpress.calibration.moments import raw_bytes
+from kronpress.calibration.moments import check_room, raw_bytes
 from kronpress.calibration.sums import Collector, as_for_use
 from kronpress.errors import RequestError, WorkError
 from kronpress.families import FAMILIES
@@ -163,11 +162,7 @@ class BlockStream:
         tokens = sum(count_tokens(part.arguments) for part in self.parts)
         needed = tokens * hidden.shape[-1] * hidden.dtype.itemsize
         messages(f"the hidden states of {tokens} tokens take {needed / 1e6:,.1f} MB in {str(self.folder)!r}")
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise WorkError(
-                f"the hidden states need {needed / 1e6:,.1f} MB, and {str(self.folder)!r} has {free / 1e6:,.1f} MB free"
-            )
+        check_room("the hidden states", needed, self.folder)
 
     def _before_blocks(self, arguments: dict[str, Any]) -> Tensor:
         """What the first block reads; what all blocks get beside it is remembered.

@@ -1,11 +1,12 @@
-"""`calibrate`: the moments of all targeted layers of a model, in one pass over the data.
+"""`calibrate`: the moments of all targeted layers of a model, in as many passes over the data as memory asks for.
 
 Letters: x (in_features,) is a layer's input for one token, g (out_features,) the loss's gradient by its output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from kronpress.calibration.batches import Batch, Part, checked_batches, count_sequences, divide, select, to_device
-from kronpress.calibration.moments import FORMAT, Moments, load_moments, sha256
+from kronpress.calibration.moments import FORMAT, Moments, MomentsFile, check_room, load_moments, sha256
 from kronpress.calibration.sums import CHUNK, Collector, as_for_use
+from kronpress.errors import RequestError
 from kronpress.matrices.moments import InputMoments
 from kronpress.planning import find_targets
 from kronpress.recipe import Recipe
 from kronpress.surgery import linear_layers
 
+# Memory for sums (0.75 GiB): half of what calibrating may take beside the model; activations take the rest.
+MAX_BYTES = 3 * 2**28
 # Settings of a configuration that say nothing about what the model computes.
 _NAMES_ONLY = {"architectures", "dtype", "transformers_version"}
 
@@ -30,6 +34,7 @@ def calibrate(
     recipe: Recipe,
     *,
     cache: Path | None = None,
+    max_bytes: int = MAX_BYTES,
     messages: Callable[[str], None] = lambda _: None,
 ) -> Moments:
     """The input moments of the layers that `recipe` targets, summed in float64 over all tokens of `batches`.
@@ -44,42 +49,87 @@ def calibrate(
     how these are divided into batches, nor on padding. A model whose output has no `logits` of shape (batch, length,
     classes) has no `gradient`.
 
+    Where the sums of all layers take more than `max_bytes`, some layers after others are measured, each time with the
+    same labels in a pass of its own over all batches. Every pass ends on disk, and a layer's moments are read from
+    there when they are asked for. On the CPU they are the same to the last bit however the layers are divided.
+
     The model is left as it was found: weights, gradients, `requires_grad` and modes.
 
     Args:
         batches: token ids (batch, length), or keyword arguments of the model's forward, whose tensors have the
             sequences of the batch in their first dimension. All are held in memory.
-        cache: a folder in which moments are looked for by their key, and kept when they were not there.
-        messages: told the memory needed, and when there are too few tokens.
+        cache: a folder in which moments are looked for by their key, and kept when they were not there. Without it
+            what goes to disk goes to a nameless file in the system's temporary folder, as long as it is in use.
+        max_bytes: for the sums of one pass; a pass measures at least one layer.
+        messages: told the memory, passes and disk space needed, and when there are too few tokens.
 
     Raises:
         RequestError: the recipe's targets do not fit the model, or the batches are none, empty or of a wrong kind.
-        WorkError: a layer read or received a gradient of NaN or infinity, or was never called; or the cache failed.
+        WorkError: a layer read or received a gradient of NaN or infinity, or was never called; or the disk is full.
     """
+    if max_bytes <= 0:
+        raise RequestError(f"max_bytes {max_bytes}: the sums need a positive number of bytes")
     targets = find_targets(model, linear_layers(model), recipe)
     sequences = checked_batches(model, batches)
     key = _key(model, recipe, sequences)
     path = None if cache is None else cache / f"{key}.safetensors"
+
+    def size(names: Iterable[str]) -> int:
+        shapes = [targets[name] for name in names]
+        return num_bytes(shapes, recipe.calibration.sensitivity, recipe.calibration.held_out > 0)
+
+    def measured(names: list[str]) -> Moments:
+        return Moments.of(_measure(model, names, sequences, recipe), key)
+
+    groups = grouped(targets, lambda name: size([name]), max_bytes)
     if path is not None and path.is_file():
         messages(f"the calibration is read from {str(path)!r}")
         moments = load_moments(path, key)
-    else:
-        settings = recipe.calibration
-        needed = num_bytes(targets.values(), settings.sensitivity, settings.held_out > 0)
-        messages(f"calibrating {len(targets)} layers: their moments take at most {needed / 1e6:,.1f} MB")
-        moments = Moments(_measure(model, list(targets), sequences, recipe), key)
+    elif len(groups) == 1:
+        messages(f"calibrating {len(targets)} layers: their moments take at most {size(targets) / 1e6:,.1f} MB")
+        moments = measured(groups[0])
         if path is not None:
             moments.save(path)
-    _tell_shortage(moments, messages)
+    else:
+        folder = Path(tempfile.gettempdir()) if cache is None else cache
+        messages(
+            f"calibrating {len(targets)} layers in {len(groups)} passes: the sums of one take at most "
+            f"{max(map(size, groups)) / 1e6:,.1f} MB of memory, and all moments {size(targets) / 1e6:,.1f} MB of disk "
+            f"in {str(folder)!r}"
+        )
+        with MomentsFile(path, targets, key) as file:
+            check_room("the moments", size(targets), folder)
+            for names in groups:
+                file.append(measured(names))
+            moments = file.finish()
+    _tell_shortage(moments, targets, messages)
     return moments
 
 
-def _tell_shortage(moments: Moments, messages: Callable[[str], None]) -> None:
-    short = [name for name, layer in moments.items() if layer.num_tokens < len(layer.mean)]
+def grouped(names: Iterable[str], size: Callable[[str], int], most: int) -> list[list[str]]:
+    """The names in their order, in groups whose sizes add up to at most `most`, or that are a single name.
+
+    >>> grouped("abcd", {"a": 1, "b": 2, "c": 4, "d": 1}.__getitem__, 3)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    groups: list[list[str]] = []
+    taken = 0
+    for name in names:
+        if groups and taken + size(name) <= most:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+            taken = 0
+        taken += size(name)
+    return groups
+
+
+def _tell_shortage(moments: Moments, targets: Mapping[str, tuple[int, int]], messages: Callable[[str], None]) -> None:
+    short = [name for name, (_, in_features) in targets.items() if moments.num_tokens(name) < in_features]
     if short:
-        widest = max(short, key=lambda name: len(moments[name].mean))
+        widest = max(short, key=lambda name: targets[name][1])
         messages(
-            f"{moments[widest].num_tokens} calibration tokens are few: {widest!r} has {len(moments[widest].mean)} "
+            f"{moments.num_tokens(widest)} calibration tokens are few: {widest!r} has {targets[widest][1]} "
             "inputs and needs at least as many; with fewer the fit relies on shrinkage"
         )
 
