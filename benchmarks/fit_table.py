@@ -41,7 +41,7 @@ from transformers.utils import logging as transformers_logging
 import kronpress as kp
 from kronpress.calibration import calibration_batches, load_moments, moments_key
 from kronpress.checkpoint import LoadedModel, cast_parameters_
-from kronpress.pipeline import calibration_batch, compress_loaded_
+from kronpress.pipeline import Calibrated, calibration_batch, compress_loaded_
 from kronpress.recipe import Healing
 from kronpress.rivals import RIVALS, Contender
 from kronpress.tokens import Split
@@ -222,10 +222,10 @@ def recipe_of(row: Row, job: Job) -> kp.Recipe:
     return kp.load_recipe(row["recipe"], [*row["set"], *job.changes], "pocket")
 
 
-def calibrated(recipe: kp.Recipe, loaded: LoadedModel, folder: Path) -> tuple[kp.Moments | None, float]:
-    """The recipe's moments, measured once for all rows that need the same, and the seconds that took."""
+def calibrated(recipe: kp.Recipe, loaded: LoadedModel, folder: Path) -> tuple[Calibrated, float]:
+    """The recipe's calibration, measured once for all rows that need the same, and the seconds that took."""
     if recipe.weighting.metric == "none":
-        return None, 0.0
+        return Calibrated(), 0.0
     batches = calibration_batches(loaded.tokenizer, recipe, calibration_batch(recipe))
     key = moments_key(loaded.model, recipe, batches)
     path, note = folder / f"{key}.safetensors", folder / f"{key}.json"
@@ -235,7 +235,7 @@ def calibrated(recipe: kp.Recipe, loaded: LoadedModel, folder: Path) -> tuple[kp
         seconds = time.perf_counter() - started
         moments.save(path)
         _write(note, {"seconds": seconds})
-    return load_moments(path, key), json.loads(note.read_text())["seconds"]
+    return Calibrated(load_moments(path, key), batches), json.loads(note.read_text())["seconds"]
 
 
 def measure(row: Row, job: Job) -> Row:
@@ -248,15 +248,15 @@ def measure(row: Row, job: Job) -> Row:
         result = {**row}
     else:
         recipe = recipe_of(row, job)
-        moments, calibration_seconds = calibrated(recipe, loaded, job.work / "moments")
+        data, calibration_seconds = calibrated(recipe, loaded, job.work / "moments")
         torch.manual_seed(recipe.seed)
         started = time.perf_counter()
         try:
-            plan = kp.make_plan(loaded.model, recipe, moments)
+            plan = kp.make_plan(loaded.model, recipe, data.moments)
         except kp.RequestError as error:
             return {**row, "error": str(error)}
         planned = time.perf_counter()
-        compress_loaded_(loaded, recipe, plan, moments)
+        compress_loaded_(loaded, plan, data)
         result = {
             **row,
             "calibration_seconds": calibration_seconds,

@@ -8,12 +8,12 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,19 +100,19 @@ def run(
     messages.stage(f"loading {recipe.model}")
     teacher = load_model(recipe.model, recipe.revision)
     known: dict[str, Moments] = {}
-    moments = measured_moments(recipe, teacher, messages.stage, known)
-    plan = make_plan(teacher.model, recipe, moments)
+    data = calibrated(recipe, teacher, messages.stage, known)
+    plan = make_plan(teacher.model, recipe, data.moments)
     # All plans before any work: a budget that a rival cannot meet is a wrong request.
     budget = Budget(params=plan.num_params)
     rival_recipes = {name: rival.model_copy(update={"budget": budget}) for name, rival in rival_recipes.items()}
-    rival_moments = {
-        name: measured_moments(rival, teacher, messages.stage, known) for name, rival in rival_recipes.items()
+    rival_data = {name: calibrated(rival, teacher, messages.stage, known) for name, rival in rival_recipes.items()}
+    rival_plans = {
+        name: make_plan(teacher.model, rival, rival_data[name].moments) for name, rival in rival_recipes.items()
     }
-    rival_plans = {name: make_plan(teacher.model, rival, rival_moments[name]) for name, rival in rival_recipes.items()}
     arena = _Arena(recipe, teacher, _train_tokens(teacher.tokenizer, recipe, messages), _texts(recipe), messages)
 
     rows = [_measure(arena, dense_contender(teacher.model, plan), "dense")]
-    main, story = _compress(arena, recipe, plan, moments)
+    main, story = _compress(arena, recipe, plan, data)
     rows.append(_measure(arena, main, "compressed"))
     with _training_folder(work, recipe):
         resumed_at_steps = _note_resumption(work)
@@ -125,7 +125,7 @@ def run(
             rival = RIVALS[name](copy.deepcopy(teacher.model), plan)
             rival_story: dict[str, Any] = {}
         else:
-            rival, rival_story = _compress(arena, rival_recipes[name], rival_plans[name], rival_moments[name])
+            rival, rival_story = _compress(arena, rival_recipes[name], rival_plans[name], rival_data[name])
         if rival.name != "dense":  # measured above
             rows.append(_measure(arena, rival, "compressed"))
         if rival.is_trained:
@@ -180,36 +180,42 @@ def calibration_batch(recipe: Recipe) -> int:
     return max(1, CALIBRATION_TOKENS // recipe.calibration.sequence_length)
 
 
-def measured_moments(
+class Calibrated(NamedTuple):
+    """What a plan and its fits need of the data: the dense model's moments, and the token ids they are of."""
+
+    moments: Moments | None = None
+    batches: Sequence[Tensor] = ()
+
+
+def calibrated(
     recipe: Recipe, loaded: LoadedModel, message: Callable[[str], None], known: dict[str, Moments] | None = None
-) -> Moments | None:
-    """The calibration that the recipe needs; None if it needs none.
+) -> Calibrated:
+    """The calibration that the recipe needs, if any.
 
     Args:
         known: calibrations by their keys, to take it from if it is there, and to put it into.
     """
     if recipe.weighting.metric == "none":
-        return None
+        return Calibrated()
     batches = calibration_batches(loaded.tokenizer, recipe, calibration_batch(recipe))
     known = {} if known is None else known
     key = moments_key(loaded.model, recipe, batches)
     if key not in known:
         message(f"calibrating for {recipe.name} on {recipe.calibration.data}")
         known[key] = calibrate(loaded.model, batches, recipe, messages=message)
-    return known[key]
+    return Calibrated(known[key], batches)
 
 
 def compress_loaded_(
     loaded: LoadedModel,
-    recipe: Recipe,
     plan: Plan,
-    moments: Moments | None,
+    data: Calibrated,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, LayerReport]:
     """`compress_` the loaded model in place with all that the plan needs."""
+    moments, batches = data
     if not plan.weighting.sequential:
         return compress_(loaded.model, plan, progress, moments=moments)
-    batches = calibration_batches(loaded.tokenizer, recipe, calibration_batch(recipe))
     with (
         tempfile.TemporaryDirectory() as folder,
         SequentialInputs(loaded.model, batches, Path(folder)) as sequential,
@@ -217,12 +223,12 @@ def compress_loaded_(
         return compress_(loaded.model, plan, progress, moments=moments, sequential=sequential)
 
 
-def _compress(arena: _Arena, recipe: Recipe, plan: Plan, moments: Moments | None) -> tuple[Contender, dict[str, Any]]:
+def _compress(arena: _Arena, recipe: Recipe, plan: Plan, data: Calibrated) -> tuple[Contender, dict[str, Any]]:
     """A compressed copy of the teacher, rounded as it will be stored, and what results.json says of it."""
     set_seed(recipe.seed)
     arena.messages.stage(f"compressing by {recipe.name}")
     copied = replace(arena.teacher, model=copy.deepcopy(arena.teacher.model))
-    layers = compress_loaded_(copied, recipe, plan, moments)
+    layers = compress_loaded_(copied, plan, data)
     _round_to_(copied.model, arena.teacher.dtype)
     story = {
         "recipe": recipe.model_dump(mode="json"),

@@ -95,8 +95,11 @@ def rows_times(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 def columns_times(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """W (M1 ⊗ M2), with `first` M1 (n1, n1) and `second` M2 (n2, n2) symmetric, W (m, n1·n2)."""
-    once = weight.reshape(-1, len(second)) @ second
-    return (first @ once.reshape(-1, len(first), len(second))).reshape(weight.shape)
+    size1, size2 = len(first), len(second)
+    once = (weight.reshape(-1, size2) @ second).reshape(-1, size1, size2)
+    # One large product: n2 is often so small that a product for each row would be slow.
+    twice = once.mT.reshape(-1, size1) @ first
+    return twice.reshape(-1, size2, size1).mT.reshape(weight.shape)
 
 
 def _van_loan(weight: Tensor, left_shape: Shape, right_shape: Shape, num_terms: int) -> tuple[Tensor, Tensor]:
