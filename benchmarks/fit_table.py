@@ -455,13 +455,45 @@ def healed(
     processes: Processes = CORES,
     steps: Steps = STEPS,
     distil: Distil = False,
+    known: Annotated[
+        Path | None, typer.Option(help="results of pocket_table.py: take from it the rows that it has", exists=True)
+    ] = None,
 ) -> None:
     """At the size of krony-96m, after equal training, each with the best of three rates."""
     job = Job("healed", work, model, "test", text, tuple(changes or ()), characters, steps, distil)
     (size,) = (each for each in sizes(kp.load_model(model).model) if each["name"] == "krony-96m")
     if "error" in size:
         raise kp.RequestError(f"the model cannot have the size that is healed at: {size['error']}")
-    grid(job, healed_rows(size), only, processes, out, {"sizes": [size]})
+    rows = healed_rows(size)
+    if known is not None:
+        _take_known(rows, job, json.loads(known.read_text(encoding="utf-8")))
+    grid(job, rows, only, processes, out, {"sizes": [size]})
+
+
+def _take_known(rows: list[Row], job: Job, table: dict[str, Any]) -> None:
+    """Put the rows that pocket_table.py has measured in the same way where the grid looks for those that are done.
+
+    They differ in one thing: weights were measured there before they were rounded to 16 bits.
+
+    Raises:
+        RequestError: the table was made in another way than the job's.
+    """
+    ours = {"model": job.model, "steps": job.steps, "rates": list(RATES), "texts": list(_texts(job))}
+    theirs = {key: table["settings"][key] for key in ("model", "steps", "rates")}
+    theirs["texts"] = list(table["rows"][0]["before"])
+    if ours != theirs or job.distil or job.changes or job.characters is not None:
+        raise kp.RequestError(f"the table of pocket_table.py is of {theirs}; asked for is {job.settings}")
+    figures = {row["name"]: {k: v for k, v in row.items() if k not in ("name", "size", "set")} for row in table["rows"]}
+    for row in rows:
+        method = row.get("method", "")
+        name = {
+            "dense": "dense, dense",
+            f"{row.get('size')}: low-rank": f"low rank, as {row.get('size')}",
+            f"{row.get('size')}: blocks": f"blocks, as {row.get('size')}",
+        }.get(row["name"], f"{row.get('size')}, {method.removeprefix('Krony-PT, ')}")
+        path = _file_of(row, job)
+        if name in figures and not path.is_file():
+            _write(path, {**figures[name], **row, "known": "pocket_table.py"})
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import sys
@@ -314,3 +315,29 @@ def test_the_ablation_says_what_each_change_costs(tiny, tmp_path):
     assert f"| sequential | `weighting.sequential=false` | {changed['rise_nats']['validation books']:.4f} " in shown
     assert f"| {difference:+.4f} |" in shown
     assert "|  | as it is |" in shown
+
+
+def test_rows_that_the_table_of_krony_pt_has_are_taken_from_it(tmp_path):
+    table = json.loads((fit_table.RESULTS / "pocket_table.json").read_text(encoding="utf-8"))
+    (tmp_path / "wiki.test.raw").write_text("some words")
+    job = fit_table.Job("healed", tmp_path, text=tmp_path / "wiki.test.raw", steps=fit_table.STEPS)
+    sizes = {size["name"]: size for size in fit_table.sizes(kp.load_model("pocket").model)}
+    rows = fit_table.healed_rows(sizes["krony-96m"])
+    fit_table._take_known(rows, job, table)
+    theirs = {row["name"]: row for row in table["rows"]}
+    taken = {path.name: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
+    for row in rows:
+        found = taken.pop(fit_table._file_of(row, job).name, None)
+        if row["name"] == "dense":
+            assert found["after"] == theirs["dense, dense"]["after"]
+        elif "adaptive" in row["name"]:
+            assert found["after"] == theirs["krony-96m, adaptive"]["after"]
+        elif "auto" in row["name"] or "svd-llm" in row["name"]:
+            assert found is None
+        else:
+            assert found["known"] == "pocket_table.py"
+            assert found["rate"] in table["settings"]["rates"]
+    assert taken == {}
+    for changes in ({"steps": 4}, {"distil": True}, {"characters": 9}, {"text": None}):
+        with pytest.raises(kp.RequestError, match=r"the table of pocket_table\.py is of"):
+            fit_table._take_known(rows, dataclasses.replace(job, **changes), table)
