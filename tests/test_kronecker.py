@@ -105,10 +105,12 @@ def test_the_adaptive_start_is_the_nearest_sum_made_as_large_as_the_weight(spec:
     torch.testing.assert_close(Kronecker.expand(factors), nearest * weight.norm() / nearest.norm())
 
 
-@given(spec=specs(), seed=seeds)
+@given(spec=specs(), seed=seeds, size=st.sampled_from([1e-6, 1.0, 1e6]))
 @laws
-def test_the_scalars_of_the_adaptive_start_are_read_off_its_factors(spec: KroneckerSpec, seed: int) -> None:
-    weight, options = normal(seed, *shape_of(spec)), Kronecker.Options(start="adaptive")
+def test_the_scalars_of_the_adaptive_start_are_read_off_its_factors(
+    spec: KroneckerSpec, seed: int, size: float
+) -> None:
+    weight, options = size * normal(seed, *shape_of(spec)), Kronecker.Options(start="adaptive")
     factors = Kronecker.fit(weight, spec, options=options)
     parametrization = Kronecker.healing_parametrization(factors, options)
     alpha = weight.norm() / Kronecker.expand(Kronecker.fit(weight, spec)).norm()
