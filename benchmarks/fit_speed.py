@@ -4,7 +4,8 @@
 
 Each recipe runs in a process of its own, so that its peak of resident memory is its own; what the process holds with
 the model alone is given beside it. Times depend on the machine, and not on what the weights are, apart from how many
-candidates `auto` looks at twice.
+candidates `auto` looks at twice. Seconds are those of the wall and those of the processor, summed over threads: on a
+busy machine only the latter mean anything.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import platform
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +41,16 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@contextmanager
+def timed(row: dict[str, Any], step: str) -> Iterator[None]:
+    """Put the seconds of a step and the peak of memory after it into the row."""
+    wall, processor = time.perf_counter(), time.process_time()
+    yield
+    row[f"{step}_seconds"] = time.perf_counter() - wall
+    row[f"{step}_processor_seconds"] = time.process_time() - processor
+    row[f"{step}_peak"] = peak_bytes()
+
+
 def measure(name: str, config_file: Path | None, changes: list[str], windows: int, length: int) -> dict[str, Any]:
     """Seconds of each step of one recipe, and peaks of memory."""
     torch.manual_seed(0)
@@ -51,26 +64,20 @@ def measure(name: str, config_file: Path | None, changes: list[str], windows: in
     row: dict[str, Any] = {"recipe": name, "peak_of_model_alone": peak_bytes()}
     messages: list[str] = []
     moments = None
-    start = time.perf_counter()
     if recipe.weighting.metric != "none":
-        moments = calibrate(model, batches, recipe, messages=messages.append)
-        row["calibration_seconds"] = time.perf_counter() - start
-        row["peak_after_calibration"] = peak_bytes()
-    start = time.perf_counter()
-    plan = kp.make_plan(model, recipe, moments)
-    row["plan_seconds"] = time.perf_counter() - start
-    row["peak_after_plan"] = peak_bytes()
-    start = time.perf_counter()
-    if plan.weighting.sequential:
-        with tempfile.TemporaryDirectory() as folder, SequentialInputs(model, batches, Path(folder)) as inputs:
-            kp.compress_(model, plan, moments=moments, sequential=inputs)
-    else:
-        kp.compress_(model, plan, moments=moments)
-    row["fit_seconds"] = time.perf_counter() - start
+        with timed(row, "calibration"):
+            moments = calibrate(model, batches, recipe, messages=messages.append)
+    with timed(row, "plan"):
+        plan = kp.make_plan(model, recipe, moments)
+    with timed(row, "fit"):
+        if plan.weighting.sequential:
+            with tempfile.TemporaryDirectory() as folder, SequentialInputs(model, batches, Path(folder)) as inputs:
+                kp.compress_(model, plan, moments=moments, sequential=inputs)
+        else:
+            kp.compress_(model, plan, moments=moments)
     structures = [layer.structure for layer in plan.layers.values()]
     return {
         **row,
-        "peak": peak_bytes(),
         "messages": messages,
         "layers": {structure: structures.count(structure) for structure in sorted(set(structures))},
     }
