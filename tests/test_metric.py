@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from kronpress import RequestError, WorkError
-from kronpress.matrices import Kronecker, LowRank
+from kronpress.matrices import STRUCTURES, Kronecker, LowRank
 from kronpress.matrices.kronecker_in_metric import alternate, rearranged, separable_start
 from kronpress.matrices.metric import Metric, as_metric, separable, square_root
 from kronpress.matrices.moments import InputMoments
@@ -249,3 +249,15 @@ def test_starts_for_training_take_no_moments() -> None:
     for start in ("adaptive", "prune"):
         with pytest.raises(RequestError, match=f"start {start} is not fitted to inputs"):
             Kronecker.fit(normal(0, 8, 6), spec, moment(1, 6), Kronecker.Options(start=start))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES.values())
+@pytest.mark.parametrize("shape", [(3, 6), (4, 4), (6, 3), (8, 24)])
+def test_what_is_screened_has_fewer_parameters_than_the_matrix(structure: Any, shape: tuple[int, int]) -> None:
+    # (3, 6), (6, 3): rank 2 has as many as the matrix itself.
+    screened = structure.screen(normal(0, *shape), Metric(moment(1, shape[1]), moment(2, shape[0])))
+    assert screened
+    assert len({spec for spec, *_ in screened}) == len(screened)
+    for spec, error, _ in screened:
+        assert structure.count_params(*shape, spec) < shape[0] * shape[1]
+        assert error >= 0
