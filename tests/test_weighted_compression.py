@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import kronpress as kp
 from kronpress.calibration import SequentialInputs
+from kronpress.candidates import MOST_LOOKS
 from kronpress.matrices import STRUCTURES
 from kronpress.matrices.metric import Metric, metric_of
 from kronpress.surgery import dense_weight, linear_layers
@@ -245,6 +246,34 @@ def test_what_was_chosen_is_in_the_table_and_was_fitted(tiny_model):
         metric = metric_of(moments[name], output=True, centred=False)
         fitted = layer.matrix_class.expand(layer.matrix_class.fit(weight, layer.spec, metric))
         assert layer.predicted_rise == pytest.approx(metric.squared_norm(weight - fitted) / 2, rel=1e-6)
+
+
+def test_a_matrix_gets_a_few_closer_looks_and_no_more(tiny_model, monkeypatch):
+    estimated = []
+
+    class Hopeful(STRUCTURES["kronecker"]):
+        """Claims that every sum is all but perfect, until it is looked at."""
+
+        @classmethod
+        def screen(cls, weight, metric):
+            sizes = {spec: cls.count_params(*weight.shape, spec) for spec, *_ in super().screen(weight, metric)}
+            return [(spec, 1e-9 / size, False) for spec, size in sizes.items()]
+
+        @classmethod
+        def estimate(cls, weight, spec, metric):
+            estimated.append(weight)
+            return super().estimate(weight, spec, metric)
+
+    model, recipe = tiny_model("gpt2"), auto()
+    moments = kp.calibrate(model, [WINDOWS], recipe)
+    monkeypatch.setitem(STRUCTURES, "kronecker", Hopeful)
+    plan = kp.make_plan(model, recipe, moments)
+    looks = [sum(torch.equal(weight, other) for other in estimated) for weight in estimated]
+    assert max(looks) == MOST_LOOKS
+    for name, layer in plan.layers.items():
+        rows = plan.allocation.candidates[name]
+        assert sum(row.structure == "kronecker" for row in rows) == MOST_LOOKS
+        assert layer.predicted_rise > 1e-9
 
 
 def test_candidates_and_flops_can_be_limited(tiny_model):

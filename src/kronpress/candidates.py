@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,9 @@ from kronpress.matrices.metric import Metric
 DENSE = "dense"
 # How a candidate's rise is known: by a formula that may be far off, by a closer look, or by its fit.
 SCREENED, ESTIMATED, FITTED = "screened", "estimated", "fitted"
+# Closer looks at one matrix: after so many that did not settle it, what was only screened is given up. The most
+# promising come first, and at GPT-2's sizes a look takes seconds.
+MOST_LOOKS = 4
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def choose(
     """The allocation of `budget` parameters, with every chosen candidate's error measured by its fit.
 
     What is chosen by the screening is estimated more closely, what is chosen by such an estimate is fitted, and the
-    choice is made anew with what was found, until all that is chosen was fitted.
+    choice is made anew with what was found, until all that is chosen was fitted. After MOST_LOOKS estimates for one
+    matrix its other screened candidates are dropped.
 
     Args:
         problem: gives a matrix's weight (out_features, in_features) in float64 and its metric, by its name.
@@ -92,6 +97,7 @@ def choose(
         RequestError: even the smallest candidates have more parameters.
     """
     tables = {name: list(each) for name, each in candidates.items()}
+    looks = Counter[str]()
     while True:
         allocation = allocate(
             {name: [each.num_params for each in table] for name, table in tables.items()},
@@ -104,6 +110,9 @@ def choose(
         for name, each in chosen.items():
             if each.evidence != FITTED:
                 tables[name] = _looked_at(each, tables[name], *problem(name))
+                looks[name] += each.evidence == SCREENED
+                if looks[name] == MOST_LOOKS:
+                    tables[name] = [other for other in tables[name] if other.evidence != SCREENED]
 
 
 def _looked_at(candidate: Candidate, table: list[Candidate], weight: Tensor, metric: Metric) -> list[Candidate]:
