@@ -412,3 +412,7 @@ def test_balanced_svd_of_a_very_tall_matrix_agrees_with_numpy() -> None:
     u, s, vh = np.linalg.svd(matrix.numpy(), full_matrices=False)
     expected = torch.from_numpy(u[:, :2] * s[:2] @ vh[:2])
     torch.testing.assert_close(left @ right, expected, rtol=0, atol=1e-10)
+
+
+def test_a_sum_has_one_term_unless_it_says_more() -> None:
+    assert Kronecker.Spec(left_shape=(2, 3), right_shape=(4, 1)).num_terms == 1
