@@ -77,6 +77,12 @@ def comparisons(results: dict[str, Any]) -> list[Comparison]:
     return found
 
 
+SECONDS = (
+    "Seconds are those of calibrating, planning and fitting by the clock, on one thread of a machine that did other "
+    "work: `fit_speed.py` measures speed."
+)
+
+
 def goals_table(compared: list[Comparison]) -> Iterator[str]:
     """Every comparison with its goal, and of each goal how often it is met."""
     yield "| text | size | MLPs kept | `auto` | rise, nats | against | rise, nats | ratio | goal |"
@@ -132,7 +138,7 @@ def one_shot_section(results: dict[str, Any]) -> Iterator[str]:
                 figures = _figures(row["before"][text], row["rise_nats"][text])
                 yield f"| {row['name']} | {_size(row)} | {figures} | {_seconds(row)} |"
         yield ""
-    yield "Seconds are those of calibrating, planning and fitting, on one thread."
+    yield SECONDS
     yield ""
     for size in results["sizes"]:
         if "error" in size:
@@ -200,6 +206,7 @@ def ablation_section(results: dict[str, Any]) -> Iterator[str]:
             yield f"| {row['part'] or ''} | {change} | {rise:.4f} | {difference} | {_seconds(row)} |"
         yield ""
     yield "Other seeds choose other windows and labels to calibrate on: they say how large a difference is by chance."
+    yield SECONDS
     yield ""
 
 

@@ -9,7 +9,7 @@
 `one-shot` trains nothing. `healed` trains every model on equal tokens as pocket_table.py does, with `--distil` from the
 dense model instead of the text (`--out .../fit_healed_distil.json`). `ablation` leaves out or adds each part of
 `auto` in turn, on the validation books, since choices are made there. LLAMA is the folder of the model that
-`scripts/train_pocket.py train --architecture llama --width 128 --heads 4 --out LLAMA` makes.
+`scripts/train_pocket.py train --architecture llama --width 128 --heads 4 --total-tokens 8000000 --out LLAMA` makes.
 
 All calibrate and heal on the bundled `heal` books alone; `--text` is only evaluated on. DIR keeps calibrations and the
 rows that are done, so that what was stopped goes on. `--only` measures the rows whose names contain it, and the dense model.

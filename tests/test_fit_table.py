@@ -43,6 +43,45 @@ def test_the_page_has_the_committed_results(name):
         assert results["command"].startswith(f"python benchmarks/fit_table.py {results['settings']['command']} ")
 
 
+def test_the_page_on_the_fits_has_the_figures_of_the_committed_results():
+    page = (ROOT / "docs" / "fit.md").read_text(encoding="utf-8")
+    results = {
+        name: json.loads((fit_table.RESULTS / f"fit_{name}.json").read_text(encoding="utf-8"))
+        for name in ("one_shot_pocket", "one_shot_llama", "ablation")
+    }
+
+    def rise(name: str, row: str, text: str = "test books") -> float:
+        (found,) = (each for each in results[name]["rows"] if each["name"] == row)
+        return found["rise_nats"][text]
+
+    for size in results["one_shot_pocket"]["sizes"]:
+        name = size["name"]
+        starts = [row["name"] for row in results["one_shot_pocket"]["rows"] if row["name"].startswith(f"{name}: Krony")]
+        rises = [min(rise("one_shot_pocket", row) for row in starts)] if starts else []
+        methods = ("low-rank", "asvd", "svd-llm", "auto on MLPs", "auto on blocks")
+        rises += [rise("one_shot_pocket", f"{name}: {method}") for method in methods]
+        cells = ["–"] * (not starts) + [f"{each:.4f}" for each in rises]
+        assert f"| {size['kept_of_mlp']:.3f} ({name}) | {' | '.join(cells)} |" in page
+    for label, change in [
+        ("as it is", "as it is"),
+        ("without sequential inputs", "weighting.sequential=false"),
+        ("without allocation", "allocation=uniform structure=low_rank"),
+        ("without sensitivity", "calibration.sensitivity=false weighting.metric=input"),
+        ("without bias correction", "weighting.bias_correction=false"),
+        ("with chosen shrinkage", "weighting.shrinkage=held_out"),
+        ("plain SVD", "low-rank"),
+    ]:
+        cells = [
+            f"{rise('ablation', f'auto on {each}: {change}', 'validation books'):.4f}" for each in ("MLPs", "blocks")
+        ]
+        assert f"| {label} | {' | '.join(cells)} |" in page
+    words = " ".join(page.split())
+    for size, ratio in (("krony-96m", "0.33 (half kept)"), ("krony-81m", "0.35 (a quarter)")):
+        auto, other = (rise("one_shot_llama", f"{size}: {method}") for method in ("auto on MLPs", "svd-llm"))
+        assert ratio in words
+        assert ratio.startswith(f"{auto / other:.2f} ")
+
+
 # ---- which rows there are ----
 
 
