@@ -19,6 +19,7 @@ ORDER = (
     "weighting",
     "families",
     "surgery",
+    "folding",
     "allocation",
     "candidates",
     "planning",

@@ -1,22 +1,20 @@
 """Orders of rows and columns in which a matrix is nearest to a sum of Kronecker products: P W Qᵀ ≈ Σ_i A_i ⊗ B_i.
 
-Letters as in kronecker.py; A (k, m1, n1) and B (k, m2, n2). The rows of P W Qᵀ stand in m1 groups p of m2 places q,
-its columns in n1 groups a of n2 places b; an order (groups, places) gives the row or column of W at each place.
+Letters as in kronecker.py; here A (k, m1, n1) and B (k, m2, n2). The rows of P W Qᵀ stand in m1 groups p of m2 places
+q, its columns in n1 groups a of n2 places b; an order (groups, places) says which row or column of W stands where.
 
-The search climbs in turns: the sum for given orders is Van Loan's closed form, and for given B one side's order is
-bettered with A refitted all the while. For the best A the captured energy is ‖Π P W Qᵀ‖² with a projection Π, and a
-group's share of it is ‖Σ_q F_q(row at place q)‖², in which F_q(w) = (Σ_b B_i[q, b] w[a, b])_(a, i) and B is orthonormal.
-In this form rows change groups within one place by an exact linear assignment of only m1 rows, and places by exchanges
-whose gain is known exactly. With A held as well, the assignment of all m rows at once holds each row to where it is,
-because the A it is compared with contains it, and costs m2³ times as much.
+The search climbs in turns. For given orders the best sum is a closed form. For given B, of which the terms are
+orthonormal, the best A captures Σ_p ‖Σ_q F_q(row at p, q)‖² with F_q(w) = (Σ_b B_i[q, b] w[a, b])_(a, i), and the rows
+are bettered in this sum itself, so that A follows every move (permutation_steps.py): exactly between the groups, by an
+assignment of m1 rows for each place, and by exchanges between the places. To assign all m rows at once to the rows
+of a held sum is exact too, but m2² times as much work, and that sum, fitted to where the rows are, holds them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import combinations
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -27,34 +25,35 @@ from torch import Tensor
 from kronpress.errors import RequestError, WorkError
 from kronpress.matrices.kronecker_in_metric import alternate, nearest_sum, rearranged
 from kronpress.matrices.metric import Metric
-from kronpress.matrices.svd import leading_eigenvectors
+from kronpress.matrices.permutation_steps import ROUNDING, Features, exchanged_columns, regrouped
+from kronpress.matrices.svd import balanced, leading_eigenvectors
 
 Shape = tuple[int, int]
-# Which rows (columns) may change places: all, none, or, by a label for each, those of equal label among themselves.
+# What may be permuted: all, nothing, or those of equal label among themselves.
 Free = bool | Tensor
 Start = Literal["identity", "matching"] | int
-# (place, rows) -> F_place of these rows, (rows, d).
-Features = Callable[[int, Tensor], Tensor]
 MAX_SWEEPS = 30
 # Stop when a sweep raises the captured energy by less than this fraction.
-TOLERANCE = 1e-3
-# Fractions of the energies concerned that are not a gain but rounding.
-ROUNDING = 1e-12
-# Sweeps of the alternation in the metric between two steps of the orders, and rounds of column exchanges in one step.
-SWEEPS_OF_FIT = 2
-EXCHANGE_ROUNDS = 10
+TOLERANCE = 2e-3
+# Sweeps of the alternation in the metric after each step of the orders.
+FIT_SWEEPS = 2
 # Added to the normal equations of A, relative to their mean diagonal: a moment may be singular.
 RIDGE = 1e-8
+# F of all rows at all places is computed once if it is no larger than this many times the weight.
+MOST_REMEMBERED = 16
+# Rounds of the start `matching` over rows and columns, and of ordering its groups by a pattern and the pattern by them.
+MATCHING_ROUNDS = 2
+PATTERN_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class PermutedSum:
     """W[row_order][:, column_order] ≈ Σ_i left[i] ⊗ right[i], and how the search came to it.
 
-    `row_order` (m,) and `column_order` (n,) are those in which W stands where nothing is gained by another. `left`
-    (k, m1, n1) and `right` (k, m2, n2) are in float64. `captured` holds the captured fraction of ‖W‖², or of
-    tr(W C Wᵀ), at the winning start and after each sweep from there; it never falls. `start` is the start that won: a
-    number is the seed of a random one.
+    `row_order` (m,) and `column_order` (n,) are ascending where no other order gains anything. `left` (k, m1, n1) and
+    `right` (k, m2, n2) are in float64. `captured` is the fraction of ‖W‖², or of tr(W C Wᵀ), that is captured in the
+    winning start and after each sweep from there; it never falls. `start` is the start that won, a number being the
+    seed of a random one.
     """
 
     row_order: Tensor
@@ -76,16 +75,17 @@ def nearest_permuted_sum(
     moment: Tensor | None = None,
     starts: Sequence[Start] = ("identity", "matching"),
 ) -> PermutedSum:
-    """The best orders found from several starts, and the sum of Kronecker products that goes with them.
+    """The best orders that are found from several starts, and the sum of Kronecker products in them.
 
-    A local optimum of min ‖P W Qᵀ − Σ A_i ⊗ B_i‖² over P, Q, A, B (arXiv 2401.16367, which does not say how it
-    searches), or of tr(ΔW C ΔWᵀ). In the latter rows are searched as exactly as without; a column permutation moves C
-    too, so that its exchanges are proposed for a fixed sum and taken only if the loss then falls.
+    A local optimum of ‖P W Qᵀ − Σ A_i ⊗ B_i‖² over P, Q, A and B (the objective of arXiv 2401.16367, which leaves its
+    search unsaid), or of the error tr(ΔW C ΔWᵀ). In the latter rows are bettered as exactly as in the former. A
+    permutation of columns moves C with it, which makes it a quadratic assignment: its exchanges are proposed for a
+    held sum, or by the search for diag(C) instead of C, and are taken only if the error falls.
 
-    Starts: `identity`; `matching`, which puts together rows, and columns, that are most nearly multiples of each other
-    and recovers a single planted product of which one side is permuted; a number is the seed of random orders. A side
-    on which no order changes anything (one group, or groups of one) keeps its own, as does one whose groups hold rows
-    of several labels in the start `matching`.
+    Starts: `identity`; `matching`, which brings together rows, and columns, that are most nearly multiples of each
+    other, and recovers a planted single product of which one side was permuted; numbers are seeds of random orders.
+    A side on which no order changes anything, because it has one group or one place, keeps its own. So it does in
+    `matching` where a group holds several labels.
 
     >>> planted = torch.einsum("pa,qb->pqab", torch.randn(5, 4), torch.randn(3, 2)).reshape(15, 8)
     >>> found = nearest_permuted_sum(planted[torch.randperm(15)], (5, 4), (3, 2), columns=False)
@@ -94,62 +94,340 @@ def nearest_permuted_sum(
 
     Args:
         weight: W (m, n); computed with in float64.
-        rows, columns: what may be permuted; labels are a tensor of integers (m,) or (n,).
+        rows, columns: what may be permuted; labels are integers (m,) or (n,).
         moment: C = E[x xᵀ] (n, n) of the inputs; None is the identity.
 
     Raises:
-        RequestError: shapes, number of terms, labels or moment that do not fit the weight, or no start.
-        WorkError: the weight or the moment holds NaN or infinity.
+        RequestError: shapes, number of terms, labels or moment do not fit the weight; an unknown start, or none.
+        WorkError: weight or moment hold NaN or infinity.
     """
     _check(weight, left_shape, right_shape, num_terms, moment, starts)
-    if prod(left_shape) < prod(right_shape):  # A is eliminated, which pays most for the larger factor
-        row_shuffle, column_shuffle = (
-            torch.arange(first * second).reshape(first, second).mT.flatten()
-            for first, second in zip(left_shape, right_shape, strict=True)
-        )
-        mirrored = nearest_permuted_sum(
-            weight[row_shuffle][:, column_shuffle],
-            right_shape,
-            left_shape,
-            num_terms,
-            rows=rows if isinstance(rows, bool) else rows[row_shuffle],
-            columns=columns if isinstance(columns, bool) else columns[column_shuffle],
-            moment=None if moment is None else moment[column_shuffle][:, column_shuffle],
-            starts=starts,
-        )
-        return replace(
-            mirrored,
-            row_order=row_shuffle[mirrored.row_order].reshape(right_shape[0], -1).mT.flatten(),
-            column_order=column_shuffle[mirrored.column_order].reshape(right_shape[1], -1).mT.flatten(),
-            left=mirrored.right,
-            right=mirrored.left,
-        )
-
     (m1, n1), (m2, n2) = left_shape, right_shape
-    problem = _Problem(
-        weight.to(torch.float64),
-        None if moment is None else moment.to(weight.device, torch.float64),
-        num_terms,
-        _kinds("rows", rows, (m1, m2)),
-        _kinds("columns", columns, (n1, n2)),
-        torch.arange(m1 * m2).reshape(m1, m2),
-        torch.arange(n1 * n2).reshape(n1, n2),
-    )
-    unpermuted = _fitted(problem, problem.row_places, problem.column_places)
-    best: tuple[_Point, list[float], Start] = unpermuted, [unpermuted.captured], starts[0]
+    row_slots, column_slots = torch.arange(m1 * m2).reshape(m1, m2), torch.arange(n1 * n2).reshape(n1, n2)
+    row_kinds, column_kinds = _kinds("rows", rows, row_slots), _kinds("columns", columns, column_slots)
+    # A is eliminated. Where it is the smaller factor, W is taken for a sum of B ⊗ A, with places for groups.
+    is_mirrored = m1 * n1 < m2 * n2
+    if is_mirrored:
+        row_slots, column_slots = row_slots.mT, column_slots.mT
+        row_kinds, column_kinds = (None if kinds is None else kinds.mT for kinds in (row_kinds, column_kinds))
+    weight = weight.detach().to(torch.float64)
+    moment = None if moment is None else moment.detach().to(weight)
+    problem = _Problem(weight, moment, num_terms, row_slots, column_slots, row_kinds, column_kinds)
+
+    unpermuted = _fitted(problem, row_slots, column_slots)
+    path = [unpermuted]
+    won: Start = "identity"
     for start in starts:
-        point = unpermuted if start == "identity" else _fitted(problem, *_started(problem, start))
-        history = _climb(problem, point)
-        # Of equally good ones the first, and no permutation at all for no gain.
-        if history[-1].captured > best[0].captured * (1 + ROUNDING):
-            best = history[-1], [each.captured for each in history], start
-    point, captured, won = best
-    energy = Metric(problem.moment).squared_norm(problem.weight)
-    return PermutedSum(
-        point.rows.flatten(),
-        point.columns.flatten(),
-        point.left,
-        point.right,
-        tuple(each / energy if energy > 0 else 1.0 for each in captured),
-        won,
-    )
+        begin = unpermuted if start == "identity" else _fitted(problem, *_started(problem, start))
+        climbed = _climb(problem, begin)
+        # Of equally good ones the first, and no permutation for no gain.
+        if climbed[-1].captured > path[-1].captured + ROUNDING * problem.energy:
+            path, won = climbed, start
+    end = path[-1]
+    left, right = balanced(end.left, end.right)
+    captured = tuple(point.captured / problem.energy if problem.energy > 0 else 1.0 for point in path)
+    if is_mirrored:
+        return PermutedSum(end.rows.mT.flatten(), end.columns.mT.flatten(), right, left, captured, won)
+    return PermutedSum(end.rows.flatten(), end.columns.flatten(), left, right, captured, won)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """W (m, n), C (n, n), the slots in their first order, (m1, m2) and (n1, n2), and the kinds of slots of free sides.
+
+    A row or column stays in slots of the kind of the one it came from.
+    """
+
+    weight: Tensor
+    moment: Tensor | None
+    num_terms: int
+    row_slots: Tensor
+    column_slots: Tensor
+    row_kinds: Tensor | None
+    column_kinds: Tensor | None
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        """(m1, n1) and (m2, n2)."""
+        (m1, m2), (n1, n2) = self.row_slots.shape, self.column_slots.shape
+        return (m1, n1), (m2, n2)
+
+    @cached_property
+    def energy(self) -> float:
+        return Metric(self.moment).squared_norm(self.weight)
+
+    @property
+    def with_diagonal_moment(self) -> _Problem:
+        """The problem for diag(C), which a permutation leaves diagonal, so that it goes into the weight."""
+        if self.moment is None:
+            return self
+        return replace(self, weight=self.weight * self.moment.diagonal().clamp(min=0).sqrt(), moment=None)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Orders (m1, m2) and (n1, n2), the sum in them, and the energy that it captures."""
+
+    rows: Tensor
+    columns: Tensor
+    left: Tensor
+    right: Tensor
+    captured: float
+
+
+# ---- the climb ----
+
+
+def _climb(problem: _Problem, begin: _Point) -> list[_Point]:
+    """The points from the given one up, one for each sweep; each step is taken only if more is captured."""
+    path = [begin]
+    if problem.moment is not None and problem.column_kinds is not None:
+        simpler = problem.with_diagonal_moment
+        proposed = _climb(simpler, _fitted(simpler, begin.rows, begin.columns))[-1]
+        path.append(_better(begin, _fitted(problem, proposed.rows, proposed.columns)))
+    for _ in range(MAX_SWEEPS):
+        point = path[-1]
+        if problem.row_kinds is not None:
+            point = _better(point, _with_rows_bettered(problem, point, problem.row_kinds))
+        if problem.column_kinds is not None:
+            point = _better(point, _with_columns_bettered(problem, point, problem.column_kinds))
+        gain = point.captured - path[-1].captured
+        if gain > 0:
+            path.append(point)
+        if gain <= TOLERANCE * point.captured:
+            break
+    return path
+
+
+def _better(old: _Point, new: _Point) -> _Point:
+    return new if new.captured > old.captured else old
+
+
+def _fitted(problem: _Problem, rows: Tensor, columns: Tensor, near: _Point | None = None) -> _Point:
+    """The best sum in these orders; in the metric, where it takes an alternation, a few sweeps of it from `near`."""
+    left_shape, right_shape = problem.shapes
+    permuted = problem.weight[rows.flatten()][:, columns.flatten()]
+    if problem.moment is None:
+        blocks = rearranged(permuted, left_shape, right_shape)
+        b = leading_eigenvectors(blocks.mT @ blocks, problem.num_terms)  # (q b, i)
+        a = blocks @ b  # (p a, i)
+        captured = a.square().sum().item()
+        return _Point(rows, columns, a.mT.reshape(-1, *left_shape), b.mT.reshape(-1, *right_shape), captured)
+    moment = problem.moment[columns.flatten()][:, columns.flatten()]
+    if near is None or 1 in (left_shape[1], right_shape[1]):  # the latter has a closed form
+        left, right = nearest_sum(permuted, left_shape, right_shape, problem.num_terms, Metric(moment))
+    else:
+        left, right, _ = alternate(permuted, near.left, near.right, moment, FIT_SWEEPS)
+    error = Metric(moment).squared_norm(permuted - _expanded(left, right))
+    return _Point(rows, columns, left, right, problem.energy - error)
+
+
+def _expanded(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_i A_i ⊗ B_i, (m, n)."""
+    (_, m1, n1), (_, m2, n2) = left.shape, right.shape
+    return torch.einsum("ipa,iqb->pqab", left, right).reshape(m1 * m2, n1 * n2)
+
+
+def _with_rows_bettered(problem: _Problem, point: _Point, kinds: Tensor) -> _Point:
+    columns = point.columns.flatten()
+    weight = problem.weight[:, columns]
+    moment = None if problem.moment is None else problem.moment[columns][:, columns]
+    rows = regrouped(row_features(weight, point.right, point.columns.shape[0], moment), point.rows, kinds)
+    return _fitted(problem, rows, point.columns, point)
+
+
+def _with_columns_bettered(problem: _Problem, point: _Point, kinds: Tensor) -> _Point:
+    weight = problem.weight[point.rows.flatten()]
+    if problem.moment is None:
+        features = row_features(weight.mT, point.right.mT, point.rows.shape[0])
+        columns = regrouped(features, point.columns, kinds)
+    else:
+        held = _expanded(point.left, point.right)
+        flat = exchanged_columns(weight, problem.moment, held, point.columns.flatten(), kinds.flatten())
+        columns = flat.reshape(kinds.shape)
+    return _fitted(problem, point.rows, columns, point)
+
+
+def row_features(weight: Tensor, right: Tensor, num_groups: int, moment: Tensor | None = None) -> Features:
+    """F with Σ_p ‖Σ_q F_q(row at p, q)‖² = the energy that Σ_i A_i ⊗ B_i captures of these rows for the best A.
+
+    The best A solves A H = R, with R[p] = Σ_q (Σ_b B_i[q, b] V[row at p, q][a, b])_(a, i), V = W C, and
+    H[(a, i), (c, j)] = Σ_bd (B_iᵀ B_j)[b, d] C[a, b; c, d]; it captures tr(R H⁻¹ Rᵀ). Without C, H is the identity.
+
+    Args:
+        weight: W (m, n1·n2), in the order of its columns.
+        right: B (k, m2, n2); without a moment its terms are orthonormal.
+        num_groups: n1.
+        moment: C (n, n), in the order of the columns.
+    """
+    k, m2, n2 = right.shape
+    seen, root = weight, None
+    if moment is not None:
+        seen = weight @ moment
+        products = torch.einsum("iqb,jqd->bdij", right, right)
+        blocks = moment.reshape(num_groups, n2, num_groups, n2)
+        gram = torch.einsum("bdij,abcd->aicj", products, blocks).flatten(2).flatten(0, 1)
+        ridge = RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+        root = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram)).to(gram))
+    seen = seen.reshape(-1, num_groups, n2)
+
+    def at(place: int, some: Tensor) -> Tensor:
+        plain = (some @ right[:, place].mT).flatten(1)
+        return plain if root is None else torch.linalg.solve_triangular(root, plain.mT, upper=False).mT
+
+    if k * m2 > MOST_REMEMBERED * n2:
+        return lambda place, rows: at(place, seen[rows])
+    of_all = [at(place, seen) for place in range(m2)]
+    return lambda place, rows: of_all[place][rows]
+
+
+# ---- the starts ----
+
+
+def _started(problem: _Problem, start: Start) -> tuple[Tensor, Tensor]:
+    rows, columns = problem.row_slots, problem.column_slots
+    row_kinds, column_kinds = problem.row_kinds, problem.column_kinds
+    if start != "matching":
+        generator = torch.Generator().manual_seed(int(start))
+        return _shuffled(rows, row_kinds, generator), _shuffled(columns, column_kinds, generator)
+    weight = problem.weight
+    if row_kinds is not None and column_kinds is not None:
+        # In any order of the rows, columns of one group are nearly multiples of each other.
+        columns = _matched(weight.mT[:, :, None], columns, column_kinds)
+    for _ in range(MATCHING_ROUNDS):
+        before = torch.cat([rows.flatten(), columns.flatten()])
+        if row_kinds is not None:
+            rows = _matched(weight[:, columns.flatten()].reshape(-1, *columns.shape), problem.row_slots, row_kinds)
+        if column_kinds is not None:
+            blocks = weight[rows.flatten()].mT.reshape(-1, *rows.shape)
+            columns = _matched(blocks, problem.column_slots, column_kinds)
+        if torch.equal(before, torch.cat([rows.flatten(), columns.flatten()])):
+            break
+    return rows, columns
+
+
+def _shuffled(slots: Tensor, kinds: Tensor | None, generator: torch.Generator) -> Tensor:
+    """The slots in a random order, each among those of its kind; none is free without kinds."""
+    order = slots.clone()
+    for kind in [] if kinds is None else kinds.unique():
+        members = slots[kinds == kind]
+        order[kinds == kind] = members[torch.randperm(len(members), generator=generator)]
+    return order
+
+
+def _matched(blocks: Tensor, slots: Tensor, kinds: Tensor) -> Tensor:
+    """An order (groups, places) in which each row's block is near to a multiple of α_group β_placeᵀ.
+
+    The longer of α and β tells which rows belong together; each group is then ordered by what is left of its blocks.
+    Exact where the blocks are such multiples, unless two groups have parallel α or no pattern tells places apart.
+
+    Args:
+        blocks: (size, n1, n2), one for each row.
+        slots, kinds: (groups, places).
+    """
+    if blocks.shape[1] < blocks.shape[2]:
+        return _matched(blocks.mT, slots.mT, kinds.mT).mT
+    if (kinds != kinds[:, :1]).any():
+        return slots
+    directions = _leading_left(blocks)
+    order = torch.empty_like(slots)
+    for kind in kinds[:, 0].unique():
+        groups = torch.nonzero(kinds[:, 0] == kind).flatten()
+        members = slots[groups].flatten()
+        order[groups] = members[_parallel(directions[members], slots.shape[1])]
+    return _in_pattern(blocks, order)
+
+
+def _parallel(directions: Tensor, size: int) -> Tensor:
+    """Groups (groups, size) of nearly parallel unit vectors (groups·size, d), greedily: the tightest first."""
+    affinity = (directions @ directions.mT).abs().cpu()
+    affinity.fill_diagonal_(-1)
+    tightness = affinity.topk(size - 1, dim=1).values.sum(1)
+    is_free = torch.ones(len(directions), dtype=torch.bool)
+    groups = []
+    for seed in tightness.argsort(descending=True, stable=True).tolist():
+        if is_free[seed]:
+            is_free[seed] = False
+            nearest = torch.where(is_free, affinity[seed], -2.0).topk(size - 1).indices
+            is_free[nearest] = False
+            groups.append(torch.cat([torch.tensor([seed]), nearest]))
+    return torch.stack(groups)
+
+
+def _in_pattern(blocks: Tensor, order: Tensor) -> Tensor:
+    """The same groups, each ordered so that what is left of its blocks beside α is near to a multiple of one pattern.
+
+    Args:
+        blocks: (size, n1, n2).
+        order: (groups, places).
+    """
+    order = order.clone()
+    stacked = blocks[order].movedim(2, 1).flatten(2)  # (group, n1, place n2)
+    rests = (_leading_left(stacked)[:, None] @ stacked).reshape(*order.shape, -1).cpu()  # (group, place, n2)
+    pattern = rests[rests.square().sum((1, 2)).argmax()]
+    for _ in range(PATTERN_ROUNDS):
+        scores = (pattern @ rests.mT).numpy()  # (group, place, row)
+        for group, score in enumerate(scores):
+            # The direction of a group is known but for its sign.
+            choices = [linear_sum_assignment(score, maximize=maximize)[1] for maximize in (True, False)]
+            best = max(choices, key=lambda choice: abs(score[range(len(choice)), choice].sum()))
+            order[group], rests[group] = order[group][best], rests[group][best]
+        flat = rests.flatten(1)
+        pattern = leading_eigenvectors(flat.mT @ flat, 1).reshape(pattern.shape)
+    return order
+
+
+def _leading_left(matrices: Tensor) -> Tensor:
+    """The leading left singular vector (..., rows) of each matrix (..., rows, columns), by the smaller Gram matrix."""
+    if matrices.shape[-2] <= matrices.shape[-1]:
+        return torch.linalg.eigh(matrices @ matrices.mT).eigenvectors[..., -1]
+    right = torch.linalg.eigh(matrices.mT @ matrices).eigenvectors[..., -1:]
+    left = (matrices @ right)[..., 0]
+    return left / torch.linalg.vector_norm(left, dim=-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
+
+
+# ---- the request ----
+
+
+def _check(
+    weight: Tensor,
+    left_shape: Shape,
+    right_shape: Shape,
+    num_terms: int,
+    moment: Tensor | None,
+    starts: Sequence[Start],
+) -> None:
+    (m1, n1), (m2, n2) = left_shape, right_shape
+    if (m1 * m2, n1 * n2) != tuple(weight.shape):
+        raise RequestError(
+            f"left_shape {m1}×{n1} ⊗ right_shape {m2}×{n2} is {m1 * m2}×{n1 * n2}, "
+            f"not the matrix's {'×'.join(map(str, weight.shape))}"
+        )
+    most = min(prod(left_shape), prod(right_shape))
+    if not 1 <= num_terms <= most:
+        raise RequestError(f"num_terms {num_terms} with factors {m1}×{n1} and {m2}×{n2}: allowed are 1 to {most}")
+    if moment is not None and moment.shape != (n1 * n2, n1 * n2):
+        raise RequestError(
+            f"moment of shape {tuple(moment.shape)} for a weight of {tuple(weight.shape)}: "
+            f"expected {(n1 * n2, n1 * n2)}"
+        )
+    wrong = [start for start in starts if start not in ("identity", "matching") and not isinstance(start, int)]
+    if wrong or not starts:
+        given = f"start {wrong[0]!r}" if wrong else "no start"
+        raise RequestError(f"{given}: allowed are 'identity', 'matching', and integers, the seeds of random orders")
+    for name, tensor in (("weight", weight), ("moment", moment)):
+        if tensor is not None and not tensor.isfinite().all():
+            raise WorkError(f"the {name} holds NaN or infinity")
+
+
+def _kinds(name: str, free: Free, slots: Tensor) -> Tensor | None:
+    """The kind of each slot (groups, places); None if nothing there is to be permuted."""
+    kinds = torch.zeros_like(slots)
+    if isinstance(free, Tensor):
+        if free.shape != (slots.numel(),) or free.is_floating_point():
+            raise RequestError(
+                f"the labels of {name} have shape {tuple(free.shape)} and {free.dtype}: "
+                f"expected integers of shape ({slots.numel()},)"
+            )
+        kinds = free.cpu().reshape(slots.shape)
+    return None if free is False or 1 in slots.shape else kinds
