@@ -99,8 +99,10 @@ def main(
             rows.append(pool.submit(measure, name, config, changes, windows, length).result())
         print(json.dumps(rows[-1]), flush=True)
     results = {
-        "command": "python benchmarks/fit_speed.py --out benchmarks/results/fit_speed.json",
         "geometry": "gpt2" if config is None else config.name,
+        "windows": windows,
+        "length": length,
+        "set": changes,
         "calibration_tokens": windows * length,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
