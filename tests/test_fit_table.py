@@ -82,6 +82,19 @@ def test_the_page_on_the_fits_has_the_figures_of_the_committed_results():
         assert ratio.startswith(f"{auto / other:.2f} ")
 
 
+def test_the_page_on_the_fits_has_the_costs_of_the_committed_results():
+    words = " ".join((ROOT / "docs" / "fit.md").read_text(encoding="utf-8").split())
+    results = json.loads((fit_table.RESULTS / "fit_speed_one_block.json").read_text(encoding="utf-8"))
+    auto, krony = results["rows"][:2]
+    assert results["threads"] == 1
+    assert f"{results['calibration_tokens']:,} calibration tokens" in words
+    assert f"{auto['calibration_processor_seconds']:.1f} processor seconds for the calibration" in words
+    assert f"{auto['plan_processor_seconds']:.1f} for planning" in words
+    assert f"{auto['fit_processor_seconds']:.1f} for fitting" in words
+    assert f"`krony-96m` {krony['fit_processor_seconds']:.2f} for its fit" in words
+    assert round(12 * (auto["plan_processor_seconds"] + auto["fit_processor_seconds"]) / 60) == 9
+
+
 # ---- which rows there are ----
 
 
