@@ -483,7 +483,8 @@ def _take_known(rows: list[Row], job: Job, table: dict[str, Any]) -> None:
     theirs["texts"] = list(table["rows"][0]["before"])
     if ours != theirs or job.distil or job.changes or job.characters is not None:
         raise kp.RequestError(f"the table of pocket_table.py is of {theirs}; asked for is {job.settings}")
-    figures = {row["name"]: {k: v for k, v in row.items() if k not in ("name", "size", "set")} for row in table["rows"]}
+    named = ("name", "size", "set", "rival")
+    figures = {row["name"]: {k: v for k, v in row.items() if k not in named} for row in table["rows"]}
     for row in rows:
         method = row.get("method", "")
         name = {
@@ -493,7 +494,7 @@ def _take_known(rows: list[Row], job: Job, table: dict[str, Any]) -> None:
         }.get(row["name"], f"{row.get('size')}, {method.removeprefix('Krony-PT, ')}")
         path = _file_of(row, job)
         if name in figures and not path.is_file():
-            _write(path, {**figures[name], **row, "known": "pocket_table.py"})
+            _write(path, {**row, **figures[name], "known": "pocket_table.py"})
 
 
 @app.command()

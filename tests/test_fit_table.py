@@ -47,7 +47,7 @@ def test_the_page_on_the_fits_has_the_figures_of_the_committed_results():
     page = (ROOT / "docs" / "fit.md").read_text(encoding="utf-8")
     results = {
         name: json.loads((fit_table.RESULTS / f"fit_{name}.json").read_text(encoding="utf-8"))
-        for name in ("one_shot_pocket", "one_shot_llama", "ablation")
+        for name in ("one_shot_pocket", "one_shot_llama", "healed", "ablation")
     }
 
     def rise(name: str, row: str, text: str = "test books") -> float:
@@ -80,6 +80,14 @@ def test_the_page_on_the_fits_has_the_figures_of_the_committed_results():
         auto, other = (rise("one_shot_llama", f"{size}: {method}") for method in ("auto on MLPs", "svd-llm"))
         assert ratio in words
         assert ratio.startswith(f"{auto / other:.2f} ")
+    healed = {row["name"].removeprefix("krony-96m: "): row for row in results["healed"]["rows"]}
+    krony = [row["rise_after_nats"] for name, row in healed.items() if name.startswith("Krony-PT")]
+    for text in ("test books", "wiki.test.raw"):
+        methods = ("auto on MLPs", "auto on blocks", "svd-llm", "low-rank")
+        after = [healed[method]["rise_after_nats"][text] for method in methods]
+        assert all(f"{each:.4f}" in words for each in [*after, min(rises[text] for rises in krony)])
+    assert f"`auto` had {rise('healed', 'krony-96m: auto on blocks'):.4f} before it" in words
+    assert f"rises by {healed['dense']['rise_after_nats']['test books']:.4f}" in words
 
 
 def test_the_page_on_the_fits_has_the_costs_of_the_committed_results():
@@ -388,6 +396,8 @@ def test_rows_that_the_table_of_krony_pt_has_are_taken_from_it(tmp_path):
             assert found is None
         else:
             assert found["known"] == "pocket_table.py"
+            if row["method"] == "blocks":
+                assert found["num_params"] == theirs["blocks, as krony-96m"]["num_params"] != row["num_params"]
             assert found["rate"] in table["settings"]["rates"]
     assert taken == {}
     for changes in ({"steps": 4}, {"distil": True}, {"characters": 9}, {"text": None}):

@@ -34,7 +34,7 @@ Free = bool | Tensor
 Start = Literal["identity", "matching"] | int
 MAX_SWEEPS = 30
 # Stop when a sweep raises the captured energy by less than this fraction.
-TOLERANCE = 2e-3
+TOLERANCE = 1e-3
 # Sweeps of the alternation in the metric after each step of the orders.
 FIT_SWEEPS = 2
 # Added to the normal equations of A, relative to their mean diagonal: a moment may be singular.
