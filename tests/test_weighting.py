@@ -89,12 +89,9 @@ def test_the_chosen_shrinkage_is_the_best_on_what_was_held_out(seed: int, bias: 
     chosen = shrinkage(weight, metric, moments, weighting)
 
     def error(amount: float) -> float:
-        c = moments.second - (torch.outer(moments.mean, moments.mean) if bias else 0)
-        c = (1 - amount) * c + amount * torch.diag(c.diagonal())
+        c = (1 - amount) * moments.second + amount * torch.diag(moments.second.diagonal())
         difference = weight - LowRank.expand(LowRank.fit(weight, LowRank.Spec(rank=6 * 8 // 2 // 14), c))
-        # About the mean of the tokens that were seen: that is what the bias will be corrected by.
-        held_out = moments.held_out - (torch.outer(moments.mean, moments.mean) if bias else 0)
-        return torch.trace(difference @ held_out @ difference.mT).item()
+        return (unseen @ difference.mT).square().sum(1).mean().item()
 
     allowed = [amount for amount in SHRINKAGES if amount > 0 or count >= 8]
     assert chosen in allowed

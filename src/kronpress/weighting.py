@@ -72,13 +72,13 @@ def shrinkage(weight: Tensor, metric: Metric, moments: InputMoments, weighting: 
         return asked
     if moments.held_out is None:
         return max(SHRINKAGE_UNSEEN, asked or 0.0)
-    # What was taken from E[x xᵀ] to make C is taken from the other moment as well.
-    unseen = replace(metric, input=moments.held_out.to(metric.input) - moments.second.to(metric.input) + metric.input)
+    # Of the inputs themselves, not about their mean: that of the held-out ones is not known.
+    seen, unseen = (replace(metric, input=each.to(metric.input)) for each in (moments.second, moments.held_out))
     rank = max(1, weight.numel() // (2 * sum(weight.shape)))
     w = weight.to(torch.float64)
 
     def error(amount: float) -> float:
-        u, v = nearest_product(w, rank, shrunk(metric, amount).where_it_sees)
+        u, v = nearest_product(w, rank, shrunk(seen, amount).where_it_sees)
         return unseen.squared_norm(w - u @ v)
 
     return min(SHRINKAGES[1 if is_short else 0 :], key=error)
