@@ -20,7 +20,8 @@ import transformers.modeling_utils
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kronpress import cli, healing
+from kronpress import cli
+from kronpress.healing import training
 
 PAGE = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"```console\n\$ kronpress (.+)\nkronpress: error: (.+)\n\$ echo \$\?\n(\d)\n```")
@@ -101,9 +102,9 @@ def overflowing(tools: SimpleNamespace) -> None:
 
 
 def nan_at_the_third_step(tools: SimpleNamespace) -> None:
-    loss, calls = healing.language_model_loss, itertools.count(1)
+    loss, calls = training.language_model_loss, itertools.count(1)
     tools.monkeypatch.setattr(
-        healing, "language_model_loss", lambda *given: loss(*given) * (math.nan if next(calls) == 3 else 1)
+        training, "language_model_loss", lambda *given: loss(*given) * (math.nan if next(calls) == 3 else 1)
     )
 
 

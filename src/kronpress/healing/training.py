@@ -1,4 +1,4 @@
-"""Healing: training of a compressed model, by its own language-model loss and by distillation from the teacher."""
+"""`heal_`: the training itself, a `transformers.Trainer` whose batch is a whole optimiser step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
@@ -22,13 +21,18 @@ from transformers.trainer_callback import PrinterCallback
 
 from kronpress.errors import RequestError, WorkError
 from kronpress.evaluation import longest_context, num_embeddings
+from kronpress.healing.inner_states import TERMS, Places, captured, compared, eager_attention, matched_places
+from kronpress.healing.losses import distillation_loss, language_model_loss
 from kronpress.recipe import Healing
 from kronpress.surgery import healing_parametrizations
 from kronpress.tokens import pack
 
 
 class HealingRow(BaseModel):
-    """The state of the training after `step` steps; losses are means over the steps since the row before."""
+    """The state of the training after `step` steps; losses are means over the steps since the row before.
+
+    A term that compares with the teacher is None if its weight is 0.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,7 +41,10 @@ class HealingRow(BaseModel):
     tokens: int
     loss: float
     language_model_nats: float
-    distillation_nats: float | None  # None if the teacher was not asked
+    distillation_nats: float | None
+    embedding_mse: float | None = None
+    attention_nats: float | None = None
+    hidden_mse: float | None = None
     learning_rate: float
     tokens_per_second: float
     seconds_left: float
@@ -53,32 +60,9 @@ class HealingLog(BaseModel):
     rows: list[HealingRow]
 
 
-def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean of −log p(target) in nats; logits (..., vocab), targets (...) of token ids."""
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
-
-
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · mean over tokens of KL(teacher ‖ student) = Σ_v p_v (log p_v − log q_v), both softened by T.
-
-    The factor T² keeps the gradient's size independent of T (Hinton et al. 2015, section 2). It is exactly 0 when
-    the logits are equal, and otherwise positive up to rounding.
-
-    >>> logits = torch.randn(2, 5)
-    >>> distillation_loss(logits, logits, temperature=2.0).item()
-    0.0
-
-    Args:
-        student_logits, teacher_logits: (..., vocab).
-    """
-    log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
 def heal_(
     model: PreTrainedModel,
-    teacher: nn.Module | None,
+    teacher: PreTrainedModel | None,
     train_tokens: Tensor,
     healing: Healing,
     *,
@@ -90,26 +74,37 @@ def heal_(
     """Train `model` in place through `transformers.Trainer`; dropout is off.
 
     loss = language_model_weight · language_model_loss + distillation_weight · distillation_loss
+        + embedding_weight · state_loss of what enters the first block
+        + attention_weight · Σ_i attention_loss of the attention maps of block i and of the teacher's block matching it
+        + hidden_weight · Σ_i state_loss of the hidden states after these blocks
+
+    The first two are means over all tokens but the last of each sequence, the others over all tokens, and the sums go
+    over the student's blocks i; `match_blocks` says which block of the teacher matches. With attention_weight both
+    models attend by the implementation `eager` while the student trains. Where a weight is 0 its term costs nothing,
+    but for the language model's.
 
     Args:
-        teacher: the dense model; may be None if `healing.distillation_weight` is 0.
+        teacher: the dense model; may be None if only `healing.language_model_weight` is not 0.
         train_tokens: one stream of token ids (num_tokens,), cut into sequences and shuffled by `seed`.
         work_dir: where training checkpoints go every `healing.save_steps` steps.
         resume: continue from the newest training checkpoint in `work_dir`, if there is one.
         progress: called about fifty times in all.
 
     Raises:
-        RequestError: distillation without a teacher, vocabularies that differ, too little text, or a token in it
-            that the model does not know.
+        RequestError: no teacher where one is needed, vocabularies that differ, what `matched_places` refuses, too
+            little text, or a token in it that the model does not know.
         WorkError: the loss or a weight to be saved is not finite; training checkpoints stay.
     """
     num_steps = healing.num_steps
-    if healing.distillation_weight > 0:
+    asked = [name for name, weight in healing.teacher_weights.items() if weight > 0]
+    places: tuple[Places, Places] = ({}, {})
+    if asked:
         if teacher is None:
-            raise RequestError("distillation_weight is not 0 and there is no teacher")
+            raise RequestError(f"{asked[0]} is not 0 and there is no teacher")
         sizes = num_embeddings(model), num_embeddings(teacher)
         if sizes[0] != sizes[1]:
             raise RequestError(f"student and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens")
+        places = matched_places(model, teacher, healing)
     limit = longest_context(model)
     if limit is not None and healing.sequence_length > limit:
         raise RequestError(f"healing.sequence_length {healing.sequence_length}: the model reads at most {limit}")
@@ -120,7 +115,8 @@ def heal_(
     if known is not None and sequences.max() >= known:
         raise RequestError(f"token {sequences.max().item()} in the text: the model knows {known} tokens")
 
-    with tempfile.TemporaryDirectory() as scratch, healing_parametrizations(model):
+    switched = [each for each in (model, teacher) if each is not None and "attention_weight" in asked]
+    with tempfile.TemporaryDirectory() as scratch, healing_parametrizations(model), eager_attention(switched):
         folder = scratch if work_dir is None else str(work_dir)
         checkpoint = newest_checkpoint(Path(folder)) if resume else None
         resumed_at = None if checkpoint is None else checkpoint_step(checkpoint)
@@ -134,8 +130,9 @@ def heal_(
             model=model,
             args=_training_arguments(healing, num_steps, seed, folder),
             train_dataset=_Sequences(sequences),
-            teacher=teacher,
+            teacher=teacher if asked else None,
             healing=healing,
+            places=places,
         )
         trainer.remove_callback(PrinterCallback)  # it writes to standard output
         reporter = _Reporter(trainer, progress)
@@ -247,11 +244,19 @@ class _Steps(Sampler[list[int]]):
 class _HealingTrainer(Trainer):
     """A Trainer whose loss is the weighted sum of the healing terms, and whose batch is the whole of a step."""
 
-    def __init__(self, *args: Any, teacher: nn.Module | None, healing: Healing, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | None,
+        healing: Healing,
+        places: tuple[Places, Places],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.healing = healing
-        self.teacher = None if teacher is None else teacher.to(self.args.device)
-        self.terms: list[tuple[float, float | None]] = []  # of each pass since the last log line
+        self.teacher = None if teacher is None else teacher.to(self.args.device)  # type: ignore[arg-type]
+        self.places, self.teacher_places = places
+        self.terms: list[dict[str, float]] = []  # columns of HealingRow, of each pass since the last log line
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         steps = _Steps(len(self.train_dataset), self.healing, self.args.seed)  # type: ignore[arg-type]
@@ -289,21 +294,26 @@ class _HealingTrainer(Trainer):
 
     def _loss(self, model: nn.Module, ids: Tensor) -> Tensor:
         """The mean loss over the sequences ids (sequences, sequence_length)."""
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        language_model = language_model_loss(logits, ids[:, 1:])
-        loss = self.healing.language_model_weight * language_model
-        distillation = None
-        if self.healing.distillation_weight > 0:
-            self.teacher.eval()  # type: ignore[union-attr]
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits[:, :-1]  # type: ignore[misc]
-            distillation = distillation_loss(logits, teacher_logits, self.healing.temperature)
-            loss = loss + self.healing.distillation_weight * distillation
+        healing = self.healing
+        with captured(self.places) as states:
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        # Weight and value, by column of HealingRow.
+        terms = {"language_model_nats": (healing.language_model_weight, language_model_loss(logits, ids[:, 1:]))}
+        if self.teacher is not None:
+            self.teacher.eval()
+            with torch.no_grad(), self.accelerator.autocast(), captured(self.teacher_places) as teacher_states:
+                teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits[:, :-1]
+            if healing.distillation_weight > 0:
+                distillation = distillation_loss(logits, teacher_logits, healing.temperature)
+                terms["distillation_nats"] = healing.distillation_weight, distillation
+            for name in states:
+                terms[TERMS[name].column] = healing.teacher_weights[name], compared(name, states, teacher_states)
+        loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
         if not math.isfinite(loss.item()):
             raise WorkError(
                 f"the healing loss is {loss.item()} at step {self.state.global_step}: start anew with a lower rate"
             )
-        self.terms.append((language_model.item(), None if distillation is None else distillation.item()))
+        self.terms.append({column: term.item() for column, (_, term) in terms.items()})
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -333,7 +343,7 @@ class _Reporter(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         seconds = time.monotonic() - self.started
-        language_model, distillation = zip(*self.trainer.terms, strict=True)
+        terms = {column: fmean(each[column] for each in self.trainer.terms) for column in self.trainer.terms[0]}
         self.trainer.terms.clear()
         tokens = self.tokens_after[state.global_step]
         row = HealingRow(
@@ -341,8 +351,7 @@ class _Reporter(TrainerCallback):
             num_steps=state.max_steps,
             tokens=tokens,
             loss=logs["loss"],
-            language_model_nats=fmean(language_model),
-            distillation_nats=None if distillation[0] is None else fmean(distillation),
+            **{"distillation_nats": None, **terms},
             learning_rate=logs["learning_rate"],
             tokens_per_second=(tokens - self.tokens_after[self.first_step]) / seconds,
             seconds_left=(state.max_steps - state.global_step) * seconds / (state.global_step - self.first_step),
