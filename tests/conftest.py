@@ -52,6 +52,12 @@ TINY_RECIPES: dict[str, dict[str, Any]] = {
         "structure": "low_rank",
         "budget": {"kept_of_targets": 0.5},
     },
+    "permuted_kronecker": {
+        "name": "tiny-permuted-kronecker",
+        "targets": "blocks",
+        "structure": "permuted_kronecker",
+        "spec": {"right_shape": [2, 4], "num_terms": 3},
+    },
 }
 
 

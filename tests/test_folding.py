@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from kronpress import RequestError
+from kronpress.calibration import calibrate
 from kronpress.families import FAMILIES
-from kronpress.folding import RESIDUALS, fold_, free_dimensions
+from kronpress.folding import RESIDUALS, FreeDimension, fold_, free_dimensions, permuted_moments, search_orders
+from kronpress.layers import StructuredEmbedding, StructuredLinear
+from kronpress.matrices import PermutedKronecker
+from kronpress.matrices.metric import Metric, metric_of
+from kronpress.matrices.moments import InputMoments
 from kronpress.matrices.permutation import nearest_permuted_sum
-from kronpress.surgery import dense_weight
+from kronpress.recipe import load_recipe
+from kronpress.surgery import dense_weight, replace_module_
 
 LIKE_LLAMA = {
     "hidden_size": 16,
@@ -202,10 +208,13 @@ def test_models_that_are_not_known_are_refused(tiny_compressed: Any) -> None:
         free_dimensions(tiny_of_no_family())
     with pytest.raises(RequestError, match=r"the gpt2 model has no module 'transformer\.h': give one with its head"):
         free_dimensions(tiny("gpt2", make=AutoModel))
-    with pytest.raises(
-        RequestError, match=r"should be a dense linear layer, and it is a StructuredLinear: fold before"
-    ):
-        free_dimensions(tiny_compressed("llama", "low_rank"))
+    compressed = tiny_compressed("llama", "low_rank")
+    with pytest.raises(RequestError, match=r"gate_proj is a StructuredLinear that stores no row_order: permutations"):
+        fold_(compressed, free_dimensions(compressed)["mlp.0"], torch.arange(48))
+    headless = tiny("llama")
+    headless.model.layers[1].mlp.down_proj = nn.Identity()
+    with pytest.raises(RequestError, match=r"mlp\.down_proj should be a linear layer, and it is a Identity"):
+        free_dimensions(headless)
     with pytest.raises(RequestError, match=r"the opt model has model\.decoder\.project_out, which is not in"):
         free_dimensions(tiny("opt", word_embed_proj_dim=8))
     with_adapter = tiny("llama")
@@ -230,3 +239,231 @@ def tiny_of_no_family() -> PreTrainedModel:
         "gpt_neo", vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]]
     )
     return AutoModelForCausalLM.from_config(config)
+
+
+# ---- layers that store orders of their own ----
+
+
+def permuted(layer: nn.Module, rows: bool, columns: bool, seed: int = 0) -> nn.Module:
+    """The layer that computes as this one, its weight (out, in) or table as one Kronecker product in random orders."""
+    weight = dense_weight(layer)
+    m, n = weight.shape
+    spec = PermutedKronecker.Spec(left_shape=(m, n), right_shape=(1, 1), rows=rows, columns=columns)
+    generator, factors = torch.Generator().manual_seed(seed), {"right": torch.ones(1, 1, 1, dtype=weight.dtype)}
+    row_order, column_order = torch.randperm(m, generator=generator), torch.randperm(n, generator=generator)
+    if rows:
+        factors["row_order"], weight = row_order, weight[row_order.argsort()]
+    if columns:
+        factors["column_order"], weight = column_order, weight[:, column_order]
+    matrix = PermutedKronecker(m, n, spec, dtype=weight.dtype)
+    matrix.load_state_dict({"weight": weight[:, None], **factors})
+    if isinstance(layer, nn.Embedding):
+        return StructuredEmbedding(matrix)
+    return StructuredLinear(matrix, layer.bias)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
+def test_stored_orders_pass_a_permutation_on(family: str) -> None:
+    """Through all layers of a block and the embedding, of which some permute both sides, with nothing refitted."""
+    model = tiny(family, tie_word_embeddings=False)
+    before = logits(model)
+    dimensions = free_dimensions(model)
+    layers = {use.module for name, each in dimensions.items() if "1" not in name for use in each.uses}
+    embeddings = (nn.Embedding,) if family == "llama" else ()
+    for seed, name in enumerate(sorted(layers)):
+        layer = model.get_submodule(name)
+        if getattr(layer, "weight", torch.zeros(1)).ndim == 2 and (".0." in name or isinstance(layer, embeddings)):
+            replace_module_(model, name, permuted(layer, not isinstance(layer, embeddings), True, seed))
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    for dimension in free_dimensions(model).values():
+        fold_(model, dimension, random_order(dimension.labels))
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+def test_a_stored_order_of_the_other_side_does_not_pass_it_on_and_nothing_moves() -> None:
+    model = tiny("opt")
+    replace_module_(model, "model.decoder.layers.0.fc2", permuted(model.model.decoder.layers[0].fc2, True, False))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dimension = free_dimensions(model)["mlp.0"]
+    with pytest.raises(RequestError, match=r"fc2 is a StructuredLinear that stores no column_order"):
+        fold_(model, dimension, random_order(dimension.labels))
+    with pytest.raises(RequestError, match=r"fc2 is a StructuredLinear that stores no column_order"):
+        search_orders(model, ["mlp"], {"model.decoder.layers.0.fc1": ((12, 8), (2, 2), 1)})
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+
+# ---- the search ----
+
+
+def planned_for(model: PreTrainedModel, num_terms: int = 1) -> dict[str, Any]:
+    """Blocks of 2×2 for every layer that uses a free dimension with a weight, the embeddings' of 1×2."""
+    planned = {}
+    for dimension in free_dimensions(model).values():
+        for use in dimension.uses:
+            layer = model.get_submodule(use.module)
+            if isinstance(layer, nn.Embedding):
+                planned[use.module] = (layer.weight.shape[0], layer.weight.shape[1] // 2), (1, 2), num_terms
+            elif layer.weight.ndim == 2 and use.module != "lm_head":
+                m, n = dense_weight(layer).shape
+                planned[use.module] = (m // 2, n // 2), (2, 2), num_terms
+    return planned
+
+
+def captured(model: PreTrainedModel, planned: dict[str, Any], dimension: FreeDimension) -> float:
+    """The sum over the layers that use it of the fraction of ‖W‖² that the nearest sums capture as the model stands."""
+    found = 0.0
+    for use in dimension.uses:
+        if use.module in planned:
+            weight = dense_weight(model.get_submodule(use.module))
+            found += nearest_permuted_sum(weight, *planned[use.module], rows=False, columns=False).captured[-1]
+    return found
+
+
+@families
+def test_searched_orders_lose_in_no_dimension_and_leave_model_and_logits(family: str) -> None:
+    model = tiny(family)
+    before, untouched = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    planned, dimensions = planned_for(model), free_dimensions(model)
+    orders = search_orders(model, ["residual", "mlp", "value"], planned)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(untouched[name], tensor), name
+    assert list(orders) == ["residual", "mlp.0", "mlp.1", "value.0", "value.1"]
+    gains = []
+    for name, order in orders.items():
+        reached = captured(model, planned, dimensions[name])
+        fold_(model, dimensions[name], order)
+        gains.append(captured(model, planned, dimensions[name]) - reached)
+    assert min(gains) >= -1e-9 and max(gains) > 0.1, gains
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    again = search_orders(tiny(family), ["residual", "mlp", "value"], planned)
+    assert all(torch.equal(again[name], order) for name, order in orders.items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "phi3"])
+def test_a_planted_order_of_units_is_found_again(family: str) -> None:
+    """The units of the MLP in both layers, of which the writers are products; in phi3 both copies of each unit."""
+    model = tiny(family)
+    dimension = free_dimensions(model)["mlp.0"]
+    writers, readers = ([use for use in dimension.uses if use.side == side] for side in ("out", "in"))
+    planned = {}
+    for seed, use in enumerate(writers):
+        layer = model.get_submodule(use.module)
+        m, n = dense_weight(layer).shape
+        generator = torch.Generator().manual_seed(seed)
+        a, b = (torch.randn(shape, generator=generator).double() for shape in ((m // 4, n // 2), (4, 2)))
+        dense_weight(layer).copy_(torch.kron(a, b))
+        planned[use.module] = (m // 4, n // 2), (4, 2), 1
+    fold_(model, dimension, random_order(dimension.labels))
+    down = readers[0].module
+    m, n = dense_weight(model.get_submodule(down)).shape
+    # It has places of its own kind, and barely counts.
+    planned[down] = (m // 2, n // 2), (2, 2), 1
+    model.get_submodule(down).weight.detach().mul_(1e-3)
+    metrics = {use.module: Metric() for use in dimension.uses}
+    assert captured(model, planned, replace(dimension, uses=tuple(writers))) < 0.9 * len(writers)
+    fold_(model, dimension, search_orders(model, ["mlp"], planned, metrics.get)["mlp.0"])
+    assert captured(model, planned, replace(dimension, uses=tuple(writers))) > len(writers) - 1e-4
+
+
+def test_orders_are_searched_only_where_a_planned_layer_sees_them() -> None:
+    model = tiny("llama")
+    assert search_orders(model, ["mlp", "value", "residual"], {}) == {}
+    down, every = "model.layers.1.mlp.down_proj", ("mlp", "value", "residual")
+    assert list(search_orders(model, every, {down: ((8, 12), (2, 2), 1)})) == ["mlp.1", "residual"]
+    # A single place, or a single group, has no order.
+    blind = search_orders(model, every, {down: ((16, 24), (1, 1), 1)})
+    assert [order.tolist() for order in blind.values()] == [list(range(24)), list(range(16))]
+
+
+def test_requests_for_orders_that_cannot_be_met_are_refused() -> None:
+    model = tiny("opt")
+    with pytest.raises(RequestError, match=r"unknown free dimension 'values': did you mean 'value'"):
+        search_orders(model, ["values"], {})
+    with pytest.raises(RequestError, match=r"searched for 'fc9', and the model has no layer of that name"):
+        search_orders(model, ["mlp"], {"fc9": ((12, 8), (2, 2), 1)})
+    with pytest.raises(RequestError, match=r"left_shape 8×12 ⊗ right_shape 2×2 is 16×24, not the matrix's 24×16"):
+        search_orders(model, ["mlp"], {"model.decoder.layers.0.fc1": ((8, 12), (2, 2), 1)})
+
+
+# ---- moments ----
+
+
+def measured(model: PreTrainedModel) -> Any:
+    recipe = load_recipe(
+        {
+            "name": "tiny",
+            "targets": "blocks",
+            "structure": "low_rank",
+            "budget": {"kept_of_targets": 0.5},
+            "weighting": {"metric": "loss"},
+            "calibration": {"held_out": 0.5, "sensitivity": True},
+        }
+    )
+    return calibrate(model, [TOKENS, TOKENS.flip(0)], recipe)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "phi3"])
+def test_a_calibration_after_the_fold_equals_the_permuted_moments(family: str) -> None:
+    model = tiny(family, initializer_range=0.3) if family != "opt" else tiny(family, init_std=0.3)
+    moments = before = measured(model)
+    for dimension in free_dimensions(model).values():
+        order = random_order(dimension.labels)
+        fold_(model, dimension, order)
+        moments = permuted_moments(moments, dimension, order)
+    again = measured(model)
+    # RMSNorm computes in single precision.
+    tolerance = 1e-6 if family in ("gpt2", "opt") else 1e-5
+    assert list(moments) == list(again) == list(before) and len(moments) == len(before)
+    for name, expected in again.items():
+        assert name in moments
+        for part in ("second", "mean", "magnitude", "gradient", "held_out"):
+            found, wanted = getattr(moments[name], part), getattr(expected, part)
+            assert (found is None) == (wanted is None)
+            if wanted is not None:
+                torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+        assert moments[name].num_tokens == expected.num_tokens
+        assert not torch.equal(moments[name].second, before[name].second)
+
+
+def test_moments_of_an_embedding_are_permuted_along_its_width() -> None:
+    dimension = free_dimensions(tiny("llama"))["residual"]
+    order = random_order(dimension.labels)
+    square = torch.arange(256, dtype=torch.float64).reshape(16, 16)
+    counts = torch.arange(64)
+    moments = InputMoments(square, square[0], 5, gradient=square + 1, counts=counts)
+    found = permuted_moments({"model.embed_tokens": moments}, dimension, order)["model.embed_tokens"]
+    assert torch.equal(found.second, square[order][:, order])
+    assert torch.equal(found.mean, square[0, order])
+    assert found.gradient is not None and torch.equal(found.gradient, square[order][:, order] + 1)
+    assert found.counts is counts and found.held_out is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_in_the_metric_of_the_loss_no_dimension_loses(family: str) -> None:
+    """By a fit anew with the permuted moments, as the pipeline makes it."""
+    model, moments = tiny(family), measured(tiny(family))
+    dimensions, planned = free_dimensions(model), planned_for(model)
+    planned = {name: sizes for name, sizes in planned.items() if name in moments}
+    metrics = {name: metric_of(moments[name], output=True, centred=False) for name in moments}
+
+    def error(model: PreTrainedModel, moments: Any) -> float:
+        total = 0.0
+        for name, (left_shape, right_shape, num_terms) in planned.items():
+            spec = PermutedKronecker.Spec(
+                left_shape=left_shape, right_shape=right_shape, num_terms=num_terms, rows=False, columns=False
+            )
+            weight = dense_weight(model.get_submodule(name))
+            metric = metric_of(moments[name], output=True, centred=False)
+            fitted = PermutedKronecker.fit(weight, spec, metric)
+            total += metric.squared_norm(weight - PermutedKronecker.expand(fitted))
+        return total
+
+    start = before = error(model, moments)
+    for name, order in search_orders(model, ["mlp", "value", "residual"], planned, metrics.get).items():
+        fold_(model, dimensions[name], order)
+        moments = permuted_moments(moments, dimensions[name], order)
+        after = error(model, moments)
+        assert after <= before * (1 + 1e-9), name
+        before = after
+    assert before < 0.95 * start

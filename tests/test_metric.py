@@ -261,3 +261,45 @@ def test_what_is_screened_has_fewer_parameters_than_the_matrix(structure: Any, s
     for spec, error, _ in screened:
         assert structure.count_params(*shape, spec) < shape[0] * shape[1]
         assert error >= 0
+
+
+# ---- a diagonal, as a vector ----
+
+
+@given(sizes=shapes(), seed=seeds)
+@laws
+def test_a_vector_stands_for_a_diagonal_metric_of_the_outputs(sizes: Any, seed: int) -> None:
+    (m1, n1), (m2, n2), k = sizes
+    w, c = normal(seed, m1 * m2, n1 * n2), moment(seed + 1, n1 * n2)
+    frequencies = normal(seed + 2, m1 * m2).abs() + 1e-3
+    short, long = Metric(c, frequencies), Metric(c, torch.diag(frequencies))
+    assert short.squared_norm(w) == pytest.approx(long.squared_norm(w), rel=1e-9)
+    spec = Kronecker.Spec(left_shape=(m1, n1), right_shape=(m2, n2), num_terms=k)
+    rank = LowRank.Spec(rank=min(k, *w.shape))
+    for structure, chosen in ((Kronecker, spec), (LowRank, rank)):
+        errors = [long.squared_norm(w - structure.expand(structure.fit(w, chosen, metric))) for metric in (short, long)]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-6, abs=1e-9 * long.squared_norm(w))
+    screens = [
+        [error for _, error, _ in structure.screen(w, metric)]
+        for structure in (Kronecker, LowRank)
+        for metric in (short, long)
+    ]
+    for one, other in (screens[:2], screens[2:]):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4 * long.squared_norm(w))
+
+
+@given(seed=seeds)
+@laws
+def test_one_row_blocks_are_fitted_exactly_under_frequencies(seed: int) -> None:
+    """With m2 = 1 every row of A is free: weighting rows is fitting the weighted table."""
+    w, frequencies = normal(seed, 7, 6), normal(seed + 1, 7).abs() + 1e-3
+    spec = Kronecker.Spec(left_shape=(7, 3), right_shape=(1, 2))
+    fitted = Kronecker.expand(Kronecker.fit(w, spec, Metric(None, frequencies)))
+    scaled = frequencies.sqrt()[:, None]
+    by_hand = Kronecker.expand(Kronecker.fit(scaled * w, spec)) / scaled
+    torch.testing.assert_close(fitted, by_hand, rtol=1e-6, atol=1e-6)
+
+
+def test_a_vector_of_inputs_is_refused() -> None:
+    with pytest.raises(RequestError, match="expected"):
+        as_metric(Metric(torch.ones(4)), torch.ones(3, 4))

@@ -58,9 +58,22 @@ def draw_normal(data: st.DataObject, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def draw_factors(data: st.DataObject, structure: Structure, case: Case) -> dict[str, Tensor]:
+def draw_factors(data: st.DataObject, structure: Structure, case: Case, shuffled: bool = True) -> dict[str, Tensor]:
+    """Random factors, and random orders where the structure has any; without `shuffled` the orders ascend.
+
+    What a fit has to find in a shuffled order it need not find: that a search does is a law of its own structure.
+    """
     shapes = structure.factor_shapes(*case.shape, case.spec)
-    return {name: draw_normal(data, *shape) for name, shape in shapes.items()}
+    orders = {name: torch.arange(size) for name, size in structure.order_sizes(*case.shape, case.spec).items()}
+    if shuffled and orders:
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32), label="orders"))
+        orders = {name: torch.randperm(len(order), generator=generator) for name, order in orders.items()}
+    return {**{name: draw_normal(data, *shape) for name, shape in shapes.items()}, **orders}
+
+
+def learnable(factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The factors that are no orders, each asked for its gradient."""
+    return {name: factor.requires_grad_() for name, factor in factors.items() if factor.is_floating_point()}
 
 
 def squared_error(structure: Structure, weight: Tensor, factors: dict[str, Tensor]) -> Tensor:
@@ -103,7 +116,7 @@ def specs_on(structure: Structure, out_features: int, in_features: int) -> list[
 @laws
 def test_fit_recovers_a_matrix_of_its_own_kind(structure: Structure, data: st.DataObject) -> None:
     case = draw_case(data, structure)
-    planted = structure.expand(draw_factors(data, structure, case))
+    planted = structure.expand(draw_factors(data, structure, case, shuffled=False))
     found = structure.expand(structure.fit(planted, case.spec))
     torch.testing.assert_close(found, planted, rtol=0, atol=1e-10 * (1 + planted.norm().item()))
 
@@ -113,6 +126,8 @@ def test_fit_recovers_a_matrix_of_its_own_kind(structure: Structure, data: st.Da
 @laws
 def test_error_never_rises_with_the_count(structure: Structure, data: st.DataObject) -> None:
     case, field = draw_case(data, structure), free_count(structure)
+    if structure.order_sizes(*case.shape, case.spec):
+        pytest.skip("orders are searched anew for every count")
     weight = draw_normal(data, *case.shape)
     errors = []
     for count in range(1, getattr(case.spec, field) + 1):
@@ -129,8 +144,9 @@ def test_error_never_rises_with_the_count(structure: Structure, data: st.DataObj
 def test_fit_is_a_stationary_point_of_the_squared_error(structure: Structure, data: st.DataObject) -> None:
     case = draw_case(data, structure)
     weight = draw_normal(data, *case.shape)
-    factors = {name: factor.requires_grad_() for name, factor in structure.fit(weight, case.spec).items()}
-    gradients = torch.autograd.grad(squared_error(structure, weight, factors), list(factors.values()))
+    factors = structure.fit(weight, case.spec)
+    inputs = list(learnable(factors).values())
+    gradients = torch.autograd.grad(squared_error(structure, weight, factors), inputs)
     for gradient in gradients:
         torch.testing.assert_close(
             gradient, torch.zeros_like(gradient), rtol=0, atol=1e-8 * weight.square().sum().item()
@@ -145,7 +161,8 @@ def test_changing_one_factor_of_a_fit_never_lowers_the_error(structure: Structur
     weight = draw_normal(data, *case.shape)
     factors = structure.fit(weight, case.spec)
     least = squared_error(structure, weight, factors)
-    for name, factor in factors.items():
+    for name in structure.factor_shapes(*case.shape, case.spec):
+        factor = factors[name]
         direction = draw_normal(data, *factor.shape)
         for step in (1e-3, 1e-1, -1e-1):
             changed = squared_error(structure, weight, {**factors, name: factor + step * direction})
@@ -157,7 +174,7 @@ def test_changing_one_factor_of_a_fit_never_lowers_the_error(structure: Structur
 @laws
 def test_fit_is_no_worse_than_any_other_factors(structure: Structure, data: st.DataObject) -> None:
     case = draw_case(data, structure)
-    planted, noise = draw_factors(data, structure, case), draw_normal(data, *case.shape)
+    planted, noise = draw_factors(data, structure, case, shuffled=False), draw_normal(data, *case.shape)
     weight = structure.expand(planted) + data.draw(st.sampled_from([1e-3, 1.0])) * noise
     fitted = squared_error(structure, weight, structure.fit(weight, case.spec))
     assert fitted <= squared_error(structure, weight, planted) * (1 + 1e-9)
@@ -201,7 +218,9 @@ def test_from_dense_keeps_dtype_and_device_and_is_the_fit(
         fitted = structure.fit(weight, spec)
         assert list(fitted) == list(matrix.factors)
         for name, factor in matrix.factors.items():
-            assert (factor.dtype, factor.device, factor.requires_grad) == (dtype, weight.device, True)
+            is_order = name in structure.order_sizes(12, 8, spec)
+            assert factor.dtype == (torch.int64 if is_order else dtype)
+            assert (factor.device, factor.requires_grad) == (weight.device, not is_order)
             assert factor.is_contiguous()
             torch.testing.assert_close(factor.detach(), fitted[name], rtol=0, atol=0)
 
@@ -226,7 +245,9 @@ def test_matmul_equals_the_dense_product(structure: Structure, dtype: torch.dtyp
     matrix = structure(*case.shape, case.spec, dtype=dtype)
     matrix.load_state_dict(draw_factors(data, structure, case))
     x = draw_normal(data, *leading, case.in_features).to(dtype)
-    dense = structure.expand({name: factor.detach().double() for name, factor in matrix.factors.items()})
+    factors = {name: factor.detach() for name, factor in matrix.factors.items()}
+    doubles = {name: factor.double() for name, factor in factors.items() if factor.is_floating_point()}
+    dense = structure.expand({**factors, **doubles})
     expected = x.double() @ dense.mT
     y = matrix.matmul(x)
     assert y.dtype == dtype
@@ -253,11 +274,11 @@ def test_matmul_does_not_depend_on_memory_layout(structure: Structure, data: st.
 def test_all_gradients_equal_those_through_the_dense_matrix(structure: Structure, data: st.DataObject) -> None:
     case = draw_case(data, structure)
     leading = data.draw(st.sampled_from(LEADING_SHAPES), label="leading")
-    factors = {name: factor.requires_grad_() for name, factor in draw_factors(data, structure, case).items()}
+    factors = draw_factors(data, structure, case)
     x = draw_normal(data, *leading, case.in_features).requires_grad_()
+    inputs = [x, *learnable(factors).values()]
     y = structure.multiply(factors, x)
     upstream = draw_normal(data, *y.shape)
-    inputs = [x, *factors.values()]
     found = torch.autograd.grad(y, inputs, upstream)
     expected = torch.autograd.grad(x @ structure.expand(factors).mT, inputs, upstream)
     for one, reference in zip(found, expected, strict=True):
@@ -275,8 +296,12 @@ def test_gradcheck(structure: Structure) -> None:
                 for size in ((2, shape[1]), *shapes.values())
             ]
 
-            def multiply(x: Tensor, *factors: Tensor, names: tuple[str, ...] = tuple(shapes)) -> Tensor:
-                return structure.multiply(dict(zip(names, factors, strict=True)), x)
+            orders = {name: torch.arange(size).flip(0) for name, size in structure.order_sizes(*shape, spec).items()}
+
+            def multiply(
+                x: Tensor, *factors: Tensor, names: tuple[str, ...] = tuple(shapes), orders: Any = orders
+            ) -> Tensor:
+                return structure.multiply({**dict(zip(names, factors, strict=True)), **orders}, x)
 
             assert torch.autograd.gradcheck(multiply, inputs, fast_mode=True)
 
@@ -300,7 +325,9 @@ def test_parameters_are_the_declared_factors_and_weight_has_three_dimensions(
     assert matrix.to_dense().shape == case.shape
     numel = sum(factor.numel() for factor in matrix.parameters())
     assert structure.count_params(*case.shape, case.spec) == numel
-    assert not list(matrix.buffers())
+    orders = {name: order.tolist() for name, order in matrix.named_buffers()}
+    assert orders == {name: [*range(size)] for name, size in structure.order_sizes(*case.shape, case.spec).items()}
+    assert list(matrix.factors) == [*shapes, *orders]
 
 
 @every_structure
@@ -332,7 +359,7 @@ def test_meta_construction_allocates_nothing_and_takes_real_factors(structure: S
     weight = torch.randn(12, 8, dtype=torch.float64)
     for spec in specs_on(structure, 12, 8):
         matrix = structure(12, 8, spec, dtype=torch.float64, device="meta")
-        assert all(factor.is_meta for factor in matrix.parameters())
+        assert all(factor.is_meta for factor in matrix.factors.values())
         assert matrix(torch.empty(3, 8, dtype=torch.float64, device="meta")).shape == (3, 12)
         matrix.to_empty(device="cpu").load_state_dict(structure.fit(weight, spec), strict=True)
         torch.testing.assert_close(matrix.to_dense(), structure.from_dense(weight, spec).to_dense(), rtol=0, atol=0)

@@ -112,6 +112,12 @@ class Kronecker(StructuredMatrix):
             w += left[:, None, i, :, None] * right[None, :, i, None, :]
         return w.reshape(m1 * m2, n1 * n2)
 
+    @classmethod
+    def rows(cls, factors: Factors, indices: Tensor) -> Tensor:
+        left, right = factors["weight"], factors["right"]
+        p, q = indices // len(right), indices % len(right)
+        return torch.einsum("...ia,...ib->...ab", left[p], right[q]).flatten(-2)
+
     @staticmethod
     def check_options(spec: KroneckerSpec, options: KroneckerOptions) -> None:
         if options.start == "prune" and (sorted(spec.right_shape) != [1, 2] or spec.num_terms != 1):

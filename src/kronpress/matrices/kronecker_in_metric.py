@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronpress.matrices.metric import Metric, separable, square_root
-from kronpress.matrices.svd import balanced, balanced_svd, leading_eigenvectors
+from kronpress.matrices.metric import Metric, separable, square_root, times
+from kronpress.matrices.svd import balanced, balanced_svd, leading_eigenvectors, ridged_cholesky
 
 Shape = tuple[int, int]
 Sides = tuple[Tensor, Tensor]
@@ -59,8 +59,13 @@ def nearest_sum(
         left, right = separable_start(weight, left_shape, right_shape, num_terms, metric.input)
         left, right, _ = alternate(weight, left, right, metric.input, max_sweeps)
     if undo is not None:
-        left, right = undo[0] @ left, undo[1] @ right
+        left, right = (_rows_of_each(*each) for each in zip(undo, (left, right), strict=True))
     return balanced(left, right)
+
+
+def _rows_of_each(side: Tensor, factors: Tensor) -> Tensor:
+    """M X_i for X (k, size, columns), with M (size, size) or the diagonal (size,) of a diagonal one."""
+    return side[:, None] * factors if side.ndim == 1 else side @ factors
 
 
 def screened(
@@ -77,10 +82,10 @@ def screened(
     """
     small = [torch.eye(size, dtype=weight.dtype, device=weight.device) for size in right_shape]
     seen, small_roots = weight, list(small)
-    for i, (sides, times) in enumerate(((output, rows_times), (input, columns_times))):
+    for i, (sides, multiplied) in enumerate(((output, rows_times), (input, columns_times))):
         if sides is not None:
-            seen = times(seen, sides[0].to(seen), small[i])
-            small_roots[i] = square_root(sides[1], floor=0)[0].to(seen)
+            seen = multiplied(seen, sides[0].to(seen), small[i])
+            small_roots[i] = times(square_root(sides[1], floor=0)[0].to(seen), small[i])
     blocks, seen_blocks = (rearranged(each, left_shape, right_shape) for each in (weight, seen))
     gram = rows_times(columns_times(blocks.mT @ seen_blocks, *small_roots), *small_roots)
     energies = torch.linalg.eigvalsh(gram.to(torch.float64)).flip(0).clamp(min=0)
@@ -88,9 +93,9 @@ def screened(
 
 
 def rows_times(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """(M1 ⊗ M2) W, with `first` M1 (m1, m1) and `second` M2 (m2, m2), W (m1·m2, n)."""
-    once = (first @ weight.reshape(len(first), -1)).reshape(len(first), len(second), -1)
-    return (second @ once).reshape(weight.shape)
+    """(M1 ⊗ M2) W, with `first` M1 (m1, m1) and `second` M2 (m2, m2) or their diagonals, W (m1·m2, n)."""
+    once = times(first, weight.reshape(len(first), -1)).reshape(len(first), len(second), -1)
+    return _rows_of_each(second, once).reshape(weight.shape)
 
 
 def columns_times(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -199,12 +204,6 @@ def _flat(factors: Tensor) -> Tensor:
 def _solved(gram: Tensor, target: Tensor, old: Tensor) -> Tensor:
     """The minimiser X of ⟨X H, X⟩ − 2⟨X, T⟩, drawn to the old one; both (k, rows, columns)."""
     k, rows, columns = old.shape
-    weight_of_old = PROXIMAL * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + weight_of_old * identity)
-        if not failed:
-            break
-        weight_of_old = 10 * weight_of_old
+    factor, weight_of_old = ridged_cholesky(gram, PROXIMAL)
     new = torch.cholesky_solve((target + weight_of_old * _flat(old)).mT, factor).mT
     return new.reshape(rows, k, columns).transpose(0, 1)

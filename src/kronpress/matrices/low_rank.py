@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from kronpress.errors import RequestError
-from kronpress.matrices.metric import FitMoments, Metric, as_metric, square_root
+from kronpress.matrices.metric import FitMoments, Metric, as_metric, square_root, times
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 from kronpress.matrices.svd import balanced, balanced_svd, leading_eigenvectors
 
@@ -48,6 +48,10 @@ class LowRank(StructuredMatrix):
     @staticmethod
     def expand(factors: Factors) -> Tensor:
         return torch.einsum("ors,ri->oi", factors["weight"], factors["right"])
+
+    @classmethod
+    def rows(cls, factors: Factors, indices: Tensor) -> Tensor:
+        return factors["weight"][indices].squeeze(-1) @ factors["right"]
 
     @staticmethod
     def fit(
@@ -103,7 +107,7 @@ def nearest_product(weight: Tensor, rank: int, metric: Metric) -> tuple[Tensor, 
     weight_wide, metric_wide = _wide(weight, metric)
     seen, inverse, gram = _rows_seen(weight_wide, metric_wide)
     vectors = leading_eigenvectors(gram, rank)  # X_r
-    left, right = balanced((vectors if inverse is None else inverse @ vectors).mT, vectors.mT @ seen)
+    left, right = balanced((vectors if inverse is None else times(inverse, vectors)).mT, vectors.mT @ seen)
     return (left.mT, right) if weight_wide is weight else (right.mT, left)
 
 
@@ -117,5 +121,5 @@ def _rows_seen(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None, T
     seen, inverse = weight, None
     if metric.output is not None:
         root, inverse = square_root(metric.output)
-        seen = root @ weight
-    return seen, inverse, (seen if metric.input is None else seen @ metric.input) @ seen.mT
+        seen = times(root, weight)
+    return seen, inverse, (seen if metric.input is None else times(metric.input, seen.mT).mT) @ seen.mT

@@ -23,6 +23,8 @@ FLOOR = 1e-7
 class Metric:
     """‖ΔW‖² = tr(G ΔW C ΔWᵀ) with symmetric positive semi-definite C (`input`) and G (`output`); None is the identity.
 
+    A vector stands for a diagonal matrix, such as that of the vocabulary's frequencies, which could not be stored.
+
     With C the second moment of the inputs and no G this is the mean squared error of the layer's output, E‖ΔW x‖².
     With G = E[g gᵀ] of the loss's gradients g by the output as well, half of it is what the loss rises by to second
     order, inputs and gradients taken as independent (Martens & Grosse 2015, section 3).
@@ -34,8 +36,8 @@ class Metric:
     def squared_norm(self, difference: Tensor) -> float:
         """tr(G ΔW C ΔWᵀ) for ΔW (m, n)."""
         d = difference.to(torch.float64)
-        right = d if self.input is None else d @ self.input.to(d)
-        left = d if self.output is None else self.output.to(d) @ d
+        right = d if self.input is None else times(self.input.to(d), d.mT).mT
+        left = d if self.output is None else times(self.output.to(d), d)
         return (left * right).sum().item()
 
     @property
@@ -82,7 +84,7 @@ def as_metric(moments: FitMoments, weight: Tensor) -> Metric | None:
     sides: list[Tensor | None] = []
     for side, size in ((moments.input, weight.shape[1]), (moments.output, weight.shape[0])):
         if side is not None:
-            if side.shape != (size, size):
+            if side.shape != (size, size) and not (side is moments.output and side.shape == (size,)):
                 raise RequestError(
                     f"moments of shape {tuple(side.shape)} for a weight of {tuple(weight.shape)}: "
                     f"expected {(size, size)}"
@@ -94,25 +96,36 @@ def as_metric(moments: FitMoments, weight: Tensor) -> Metric | None:
     return Metric(*sides)
 
 
+def times(side: Tensor, matrix: Tensor) -> Tensor:
+    """M X for X (size, columns), with M (size, size) or the diagonal (size,) of a diagonal one."""
+    return side[:, None] * matrix if side.ndim == 1 else side @ matrix
+
+
 def square_root(matrix: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
-    """S = M^½ and its inverse, both symmetric, of a positive semi-definite M (size, size).
+    """S = M^½ and its inverse, both symmetric, of a positive semi-definite M (size, size), or of a diagonal (size,).
 
     Eigenvalues below `floor` times the largest are raised to it. With a floor of 0 the root is that of M itself and
     the inverse is of use only if M is regular; a zero matrix has a zero root and inverse.
     """
-    values, vectors = torch.linalg.eigh(matrix)
-    largest = values[-1].clamp(min=0)
+    values, vectors = (matrix, None) if matrix.ndim == 1 else torch.linalg.eigh(matrix)
+    largest = values.max().clamp(min=0)
     if largest == 0:
         return torch.zeros_like(matrix), torch.zeros_like(matrix)
     values = values.clamp(min=floor * largest).sqrt()
+    if vectors is None:
+        return values, 1 / values
     return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
 
 
 def separable(matrix: Tensor, size1: int, size2: int) -> tuple[Tensor, Tensor]:
     """The nearest M1 ⊗ M2 (Van Loan & Pitsianis 1993) to a positive semi-definite M (size1·size2, size1·size2).
 
-    Both factors are positive semi-definite, as is the best pair for such an M.
+    Both factors are positive semi-definite, as is the best pair for such an M. Of a diagonal (size1·size2,) they are
+    diagonals too.
     """
+    if matrix.ndim == 1:
+        left, right = balanced_svd(matrix.reshape(size1, size2), 1)
+        return left.flatten().abs(), right.flatten().abs()
     blocks = matrix.reshape(size1, size2, size1, size2).permute(0, 2, 1, 3)
     left, right = balanced_svd(blocks.reshape(size1**2, size2**2), 1)
     first, second = left.reshape(size1, size1), right.reshape(size2, size2)

@@ -15,6 +15,11 @@ class InputMoments:
     None if not measured. `gradient` is E[g gᵀ] (out_features, out_features) of the loss's gradient g by the layer's
     output, None if not measured. `held_out` is E[x xᵀ] of tokens that are in none of the above, to choose the shrinkage
     by, None if there are none.
+
+    Of an embedding with a table (vocabulary, width), `counts` (vocabulary,) says how often each row was looked up in
+    `num_tokens` tokens, and `gradient` (width, width) is by what was looked up. x (width,) is then what the linear
+    layers tied to it multiply by the table; without one, `second`, `mean` and `magnitude` are zero and `held_out` is
+    None. Of a linear layer `counts` is None.
     """
 
     second: Tensor
@@ -23,3 +28,4 @@ class InputMoments:
     gradient: Tensor | None = None
     held_out: Tensor | None = None
     magnitude: Tensor | None = None
+    counts: Tensor | None = None

@@ -19,14 +19,14 @@ from math import prod
 from typing import Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from kronpress.errors import RequestError, WorkError
 from kronpress.matrices.kronecker_in_metric import alternate, nearest_sum, rearranged
 from kronpress.matrices.metric import Metric
+from kronpress.matrices.permutation_starts import matched, shuffled
 from kronpress.matrices.permutation_steps import ROUNDING, Features, exchanged_columns, regrouped
-from kronpress.matrices.svd import balanced, leading_eigenvectors
+from kronpress.matrices.svd import balanced, leading_eigenvectors, ridged_cholesky
 
 Shape = tuple[int, int]
 # What may be permuted: all, nothing, or those of equal label among themselves.
@@ -41,9 +41,8 @@ FIT_SWEEPS = 2
 RIDGE = 1e-8
 # F of all rows at all places is computed once if it is no larger than this many times the weight.
 MOST_REMEMBERED = 16
-# Rounds of the start `matching` over rows and columns, and of ordering its groups by a pattern and the pattern by them.
+# Rounds of the start `matching` over rows and columns.
 MATCHING_ROUNDS = 2
-PATTERN_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,9 @@ def nearest_permuted_sum(
         RequestError: shapes, number of terms, labels or moment do not fit the weight; an unknown start, or none.
         WorkError: weight or moment hold NaN or infinity.
     """
-    _check(weight, left_shape, right_shape, num_terms, moment, starts)
+    check_shapes(weight, left_shape, right_shape, num_terms)
+    check_starts(starts)
+    _check_tensors(weight, moment)
     (m1, n1), (m2, n2) = left_shape, right_shape
     row_slots, column_slots = torch.arange(m1 * m2).reshape(m1, m2), torch.arange(n1 * n2).reshape(n1, n2)
     row_kinds, column_kinds = _kinds("rows", rows, row_slots), _kinds("columns", columns, column_slots)
@@ -218,11 +219,11 @@ def _fitted(problem: _Problem, rows: Tensor, columns: Tensor, near: _Point | Non
         left, right = nearest_sum(permuted, left_shape, right_shape, problem.num_terms, Metric(moment))
     else:
         left, right, _ = alternate(permuted, near.left, near.right, moment, FIT_SWEEPS)
-    error = Metric(moment).squared_norm(permuted - _expanded(left, right))
+    error = Metric(moment).squared_norm(permuted - expanded(left, right))
     return _Point(rows, columns, left, right, problem.energy - error)
 
 
-def _expanded(left: Tensor, right: Tensor) -> Tensor:
+def expanded(left: Tensor, right: Tensor) -> Tensor:
     """Σ_i A_i ⊗ B_i, (m, n)."""
     (_, m1, n1), (_, m2, n2) = left.shape, right.shape
     return torch.einsum("ipa,iqb->pqab", left, right).reshape(m1 * m2, n1 * n2)
@@ -242,7 +243,7 @@ def _with_columns_bettered(problem: _Problem, point: _Point, kinds: Tensor) -> _
         features = row_features(weight.mT, point.right.mT, point.rows.shape[0])
         columns = regrouped(features, point.columns, kinds)
     else:
-        held = _expanded(point.left, point.right)
+        held = expanded(point.left, point.right)
         flat = exchanged_columns(weight, problem.moment, held, point.columns.flatten(), kinds.flatten())
         columns = flat.reshape(kinds.shape)
     return _fitted(problem, point.rows, columns, point)
@@ -267,8 +268,7 @@ def row_features(weight: Tensor, right: Tensor, num_groups: int, moment: Tensor 
         products = torch.einsum("iqb,jqd->bdij", right, right)
         blocks = moment.reshape(num_groups, n2, num_groups, n2)
         gram = torch.einsum("bdij,abcd->aicj", products, blocks).flatten(2).flatten(0, 1)
-        ridge = RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-        root = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram)).to(gram))
+        root, _ = ridged_cholesky(gram, RIDGE)
     seen = seen.reshape(-1, num_groups, n2)
 
     def at(place: int, some: Tensor) -> Tensor:
@@ -289,114 +289,28 @@ def _started(problem: _Problem, start: Start) -> tuple[Tensor, Tensor]:
     row_kinds, column_kinds = problem.row_kinds, problem.column_kinds
     if start != "matching":
         generator = torch.Generator().manual_seed(int(start))
-        return _shuffled(rows, row_kinds, generator), _shuffled(columns, column_kinds, generator)
+        return shuffled(rows, row_kinds, generator), shuffled(columns, column_kinds, generator)
     weight = problem.weight
     if row_kinds is not None and column_kinds is not None:
         # In any order of the rows, columns of one group are nearly multiples of each other.
-        columns = _matched(weight.mT[:, :, None], columns, column_kinds)
+        columns = matched(weight.mT[:, :, None], columns, column_kinds)
     for _ in range(MATCHING_ROUNDS):
         before = torch.cat([rows.flatten(), columns.flatten()])
         if row_kinds is not None:
-            rows = _matched(weight[:, columns.flatten()].reshape(-1, *columns.shape), problem.row_slots, row_kinds)
+            rows = matched(weight[:, columns.flatten()].reshape(-1, *columns.shape), problem.row_slots, row_kinds)
         if column_kinds is not None:
             blocks = weight[rows.flatten()].mT.reshape(-1, *rows.shape)
-            columns = _matched(blocks, problem.column_slots, column_kinds)
+            columns = matched(blocks, problem.column_slots, column_kinds)
         if torch.equal(before, torch.cat([rows.flatten(), columns.flatten()])):
             break
     return rows, columns
 
 
-def _shuffled(slots: Tensor, kinds: Tensor | None, generator: torch.Generator) -> Tensor:
-    """The slots in a random order, each among those of its kind; none is free without kinds."""
-    order = slots.clone()
-    for kind in [] if kinds is None else kinds.unique():
-        members = slots[kinds == kind]
-        order[kinds == kind] = members[torch.randperm(len(members), generator=generator)]
-    return order
-
-
-def _matched(blocks: Tensor, slots: Tensor, kinds: Tensor) -> Tensor:
-    """An order (groups, places) in which each row's block is near to a multiple of α_group β_placeᵀ.
-
-    The longer of α and β tells which rows belong together; each group is then ordered by what is left of its blocks.
-    Exact where the blocks are such multiples, unless two groups have parallel α or no pattern tells places apart.
-
-    Args:
-        blocks: (size, n1, n2), one for each row.
-        slots, kinds: (groups, places).
-    """
-    if blocks.shape[1] < blocks.shape[2]:
-        return _matched(blocks.mT, slots.mT, kinds.mT).mT
-    if (kinds != kinds[:, :1]).any():
-        return slots
-    directions = _leading_left(blocks)
-    order = torch.empty_like(slots)
-    for kind in kinds[:, 0].unique():
-        groups = torch.nonzero(kinds[:, 0] == kind).flatten()
-        members = slots[groups].flatten()
-        order[groups] = members[_parallel(directions[members], slots.shape[1])]
-    return _in_pattern(blocks, order)
-
-
-def _parallel(directions: Tensor, size: int) -> Tensor:
-    """Groups (groups, size) of nearly parallel unit vectors (groups·size, d), greedily: the tightest first."""
-    affinity = (directions @ directions.mT).abs().cpu()
-    affinity.fill_diagonal_(-1)
-    tightness = affinity.topk(size - 1, dim=1).values.sum(1)
-    is_free = torch.ones(len(directions), dtype=torch.bool)
-    groups = []
-    for seed in tightness.argsort(descending=True, stable=True).tolist():
-        if is_free[seed]:
-            is_free[seed] = False
-            nearest = torch.where(is_free, affinity[seed], -2.0).topk(size - 1).indices
-            is_free[nearest] = False
-            groups.append(torch.cat([torch.tensor([seed]), nearest]))
-    return torch.stack(groups)
-
-
-def _in_pattern(blocks: Tensor, order: Tensor) -> Tensor:
-    """The same groups, each ordered so that what is left of its blocks beside α is near to a multiple of one pattern.
-
-    Args:
-        blocks: (size, n1, n2).
-        order: (groups, places).
-    """
-    order = order.clone()
-    stacked = blocks[order].movedim(2, 1).flatten(2)  # (group, n1, place n2)
-    rests = (_leading_left(stacked)[:, None] @ stacked).reshape(*order.shape, -1).cpu()  # (group, place, n2)
-    pattern = rests[rests.square().sum((1, 2)).argmax()]
-    for _ in range(PATTERN_ROUNDS):
-        scores = (pattern @ rests.mT).numpy()  # (group, place, row)
-        for group, score in enumerate(scores):
-            # The direction of a group is known but for its sign.
-            choices = [linear_sum_assignment(score, maximize=maximize)[1] for maximize in (True, False)]
-            best = max(choices, key=lambda choice: abs(score[range(len(choice)), choice].sum()))
-            order[group], rests[group] = order[group][best], rests[group][best]
-        flat = rests.flatten(1)
-        pattern = leading_eigenvectors(flat.mT @ flat, 1).reshape(pattern.shape)
-    return order
-
-
-def _leading_left(matrices: Tensor) -> Tensor:
-    """The leading left singular vector (..., rows) of each matrix (..., rows, columns), by the smaller Gram matrix."""
-    if matrices.shape[-2] <= matrices.shape[-1]:
-        return torch.linalg.eigh(matrices @ matrices.mT).eigenvectors[..., -1]
-    right = torch.linalg.eigh(matrices.mT @ matrices).eigenvectors[..., -1:]
-    left = (matrices @ right)[..., 0]
-    return left / torch.linalg.vector_norm(left, dim=-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
-
-
 # ---- the request ----
 
 
-def _check(
-    weight: Tensor,
-    left_shape: Shape,
-    right_shape: Shape,
-    num_terms: int,
-    moment: Tensor | None,
-    starts: Sequence[Start],
-) -> None:
+def check_shapes(weight: Tensor, left_shape: Shape, right_shape: Shape, num_terms: int) -> None:
+    """RequestError if Σ_i A_i ⊗ B_i of these shapes is not of the size of `weight` (m, n), or has too many terms."""
     (m1, n1), (m2, n2) = left_shape, right_shape
     if (m1 * m2, n1 * n2) != tuple(weight.shape):
         raise RequestError(
@@ -406,15 +320,22 @@ def _check(
     most = min(prod(left_shape), prod(right_shape))
     if not 1 <= num_terms <= most:
         raise RequestError(f"num_terms {num_terms} with factors {m1}×{n1} and {m2}×{n2}: allowed are 1 to {most}")
-    if moment is not None and moment.shape != (n1 * n2, n1 * n2):
-        raise RequestError(
-            f"moment of shape {tuple(moment.shape)} for a weight of {tuple(weight.shape)}: "
-            f"expected {(n1 * n2, n1 * n2)}"
-        )
+
+
+def check_starts(starts: Sequence[Start]) -> None:
+    """RequestError if there is none, or one is unknown."""
     wrong = [start for start in starts if start not in ("identity", "matching") and not isinstance(start, int)]
     if wrong or not starts:
         given = f"start {wrong[0]!r}" if wrong else "no start"
         raise RequestError(f"{given}: allowed are 'identity', 'matching', and integers, the seeds of random orders")
+
+
+def _check_tensors(weight: Tensor, moment: Tensor | None) -> None:
+    size = weight.shape[1]
+    if moment is not None and moment.shape != (size, size):
+        raise RequestError(
+            f"moment of shape {tuple(moment.shape)} for a weight of {tuple(weight.shape)}: expected {(size, size)}"
+        )
     for name, tensor in (("weight", weight), ("moment", moment)):
         if tensor is not None and not tensor.isfinite().all():
             raise WorkError(f"the {name} holds NaN or infinity")

@@ -140,8 +140,7 @@ def exchanged_columns(weight: Tensor, moment: Tensor, target: Tensor, order: Ten
     """An order π of columns with tr((W_π − T) C_π (W_π − T)ᵀ) no higher than in the given one.
 
     With D = C_π, F = TᵀT and S = (W C)ᵀ T the loss is Σ F·D − 2 Σ_x S[π(x), x] but for a constant: a quadratic
-    assignment. What each exchange of two columns alone would gain is exact. Of exchanges that share no column as many
-    are made, the best first, as still lower the loss together.
+    assignment. What each exchange of two columns alone would gain is exact.
 
     Args:
         weight, moment, target: W (m, n), C (n, n) and the held sum T (m, n).
@@ -152,11 +151,33 @@ def exchanged_columns(weight: Tensor, moment: Tensor, target: Tensor, order: Ten
     def loss(order: Tensor) -> float:
         return ((curvature * moment[order][:, order]).sum() - 2 * linear[order].diagonal().sum()).item()
 
-    for _ in range(EXCHANGE_ROUNDS):
-        gain = column_exchange_gains(linear[order], curvature, moment[order][:, order]).cpu()
+    def gains(order: Tensor) -> Tensor:
+        return column_exchange_gains(linear[order], curvature, moment[order][:, order])
+
+    return exchanged(gains, loss, order, kinds)
+
+
+def exchanged(
+    gains: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor], float],
+    order: Tensor,
+    kinds: Tensor,
+    max_rounds: int = EXCHANGE_ROUNDS,
+) -> Tensor:
+    """An order of no higher loss than the given one, by exchanges of two units each.
+
+    Of exchanges that share no unit as many are made at once, the best first, as still lower the loss together.
+
+    Args:
+        gains: order -> by how much the loss falls, or may be expected to, for each exchange alone, (size, size).
+        loss: order -> the loss that is to fall.
+        order, kinds: (size,); a unit moves only between slots of equal kind.
+    """
+    present = loss(order)
+    for _ in range(max_rounds):
+        gain = gains(order).cpu()
         gain[kinds[:, None] != kinds] = -torch.inf
         gain.fill_diagonal_(-torch.inf)
-        present = loss(order)
         first, second = disjoint_pairs(gain, ROUNDING * abs(present))
         best_first = gain[first, second].argsort(descending=True, stable=True)
         first, second = first[best_first], second[best_first]
@@ -164,8 +185,9 @@ def exchanged_columns(weight: Tensor, moment: Tensor, target: Tensor, order: Ten
         while count > 0:
             trial = order.clone()
             trial[first[:count]], trial[second[:count]] = order[second[:count]], order[first[:count]]
-            if loss(trial) < present:
-                order = trial
+            reached = loss(trial)
+            if reached < present:
+                order, present = trial, reached
                 break
             count //= 2
         if count == 0:
@@ -182,11 +204,16 @@ def column_exchange_gains(linear: Tensor, curvature: Tensor, moment: Tensor) -> 
     Returns:
         (n, n), symmetric.
     """
-    s, f, d = (each.diagonal() for each in (linear, curvature, moment))
-    straight = linear + linear.mT - s - s[:, None]
+    f, d = curvature.diagonal(), moment.diagonal()
     # Σ_z (F_xz − F_yz)(D_yz − D_xz) over all z, less z = x and z = y, which is left with the diagonals.
     product = curvature @ moment
     p = product.diagonal()
     crossed = product + product.mT - p - p[:, None]
     crossed = crossed - (f[:, None] - curvature) * (moment - d[:, None]) - (curvature - f) * (d - moment)
-    return 2 * straight - 2 * crossed - (f[:, None] - f) * (d - d[:, None])
+    return linear_exchange_gains(linear) - 2 * crossed - (f[:, None] - f) * (d - d[:, None])
+
+
+def linear_exchange_gains(linear: Tensor) -> Tensor:
+    """By how much −2 Σ_x S[x, x] falls if x and y change places among the rows of S (n, n); symmetric."""
+    s = linear.diagonal()
+    return 2 * (linear + linear.mT - s - s[:, None])

@@ -73,6 +73,8 @@ class StructuredMatrix(nn.Module):
         for name, shape in shapes.items():
             factor = torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(nn.init.normal_(factor, std=std)))
+        for name, size in self.order_sizes(out_features, in_features, spec).items():
+            self.register_buffer(name, torch.arange(size, device=device))
 
     # ---- what a structure gives ----
 
@@ -124,6 +126,16 @@ class StructuredMatrix(nn.Module):
     # ---- what a structure may give ----
 
     @staticmethod
+    def order_sizes(out_features: int, in_features: int, spec: Any) -> dict[str, int]:
+        """The sizes of the permutations that it stores as integers beside its factors, by name."""
+        return {}
+
+    @classmethod
+    def rows(cls, factors: Factors, indices: Tensor) -> Tensor:
+        """The rows of W at `indices` (...), as (..., in_features): what an embedding looks up."""
+        return cls.expand(factors)[indices]
+
+    @staticmethod
     def check_options(spec: Any, options: Any) -> None:
         """RequestError if a matrix of these sizes cannot be fitted in that way."""
 
@@ -172,7 +184,8 @@ class StructuredMatrix(nn.Module):
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        return dict(self.named_parameters())
+        """All that W is made of: parameters, and the integers of permutations."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def matmul(self, x: Tensor) -> Tensor:
         """x Wᵀ: (..., in_features) to (..., out_features)."""
@@ -189,7 +202,7 @@ class StructuredMatrix(nn.Module):
 
     @classmethod
     def count_params(cls, out_features: int, in_features: int, spec: Any) -> int:
-        """Stored floating-point numbers."""
+        """Stored floating-point numbers; the integers of permutations are counted in bytes alone."""
         return sum(map(prod, cls.factor_shapes(out_features, in_features, spec).values()))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The truncated singular value decomposition that every closed-form fit rests on."""
+"""The decompositions that fits rest on: truncated singular values, leading eigenvectors, and Cholesky with a ridge."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     left_sizes, right_sizes = (torch.linalg.vector_norm(each.flatten(1), dim=1) for each in (left, right))
     ratio = torch.where((left_sizes > 0) & (right_sizes > 0), right_sizes / left_sizes, 1.0).sqrt()
     return left * ratio.view(-1, *[1] * (left.ndim - 1)), right / ratio.view(-1, *[1] * (right.ndim - 1))
+
+
+def ridged_cholesky(matrix: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """L with L Lᵀ = M + λ I for a positive semi-definite M (size, size), which may be singular, and λ.
+
+    λ is `ridge` times the mean of M's diagonal, or as many times ten of that as rounding asks for.
+    """
+    added = ridge * matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(matrix + added * identity)
+        if not failed:
+            return factor, added
+        added = 10 * added
 
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
