@@ -20,6 +20,7 @@ ORDER = (
     "families",
     "surgery",
     "folding",
+    "rotation",
     "allocation",
     "candidates",
     "planning",
