@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import resource
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +28,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 import kronpress as kp
-from kronpress.calibration import SequentialInputs, calibrate
+from kronpress.calibration import calibrate
 
 RECIPES = ("krony-67m", "krony-80m-2", "krony-81m", "krony-92m-4", "krony-96m", "low-rank", "svd-llm", "auto")
 
@@ -70,11 +69,7 @@ def measure(name: str, config_file: Path | None, changes: list[str], windows: in
     with timed(row, "plan"):
         plan = kp.make_plan(model, recipe, moments)
     with timed(row, "fit"):
-        if plan.weighting.sequential:
-            with tempfile.TemporaryDirectory() as folder, SequentialInputs(model, batches, Path(folder)) as inputs:
-                kp.compress_(model, plan, moments=moments, sequential=inputs)
-        else:
-            kp.compress_(model, plan, moments=moments)
+        kp.compress_(model, plan, moments=moments, batches=batches)
     structures = [layer.structure for layer in plan.layers.values()]
     return {
         **row,

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from kronpress import Recipe, RequestError, compress_, make_plan
 from kronpress.families import ATTENTION_ROLES, FAMILIES, GEOMETRIES, MLP_ROLES, TARGETS, target_patterns
 from kronpress.planning import meta_model
-from kronpress.surgery import linear_layers, structured_layers, weight_shape
+from kronpress.surgery import embeddings, linear_layers, structured_layers, weight_shape
 
 WIDTH, INNER, VOCAB, NUM_BLOCKS = 24, 40, 60, 2
 # Four heads of 6, or of 8 where the head size is free, so that no two roles of attention share a shape by chance.
@@ -80,7 +80,8 @@ def num_params(model: nn.Module) -> int:
 
 
 def targeted(name: str, target: str) -> set[str]:
-    layers = linear_layers(meta_model(tiny_config(name)))
+    model = meta_model(tiny_config(name))
+    layers = {**linear_layers(model), **embeddings(model)}
     patterns = target_patterns(target, MODELS[name]["model_type"])
     return {layer for layer in layers if any(re.fullmatch(pattern, layer) for pattern in patterns)}
 
@@ -122,16 +123,21 @@ def test_planned_totals_are_the_real_ones(name: str, target: str, structure: str
     model = tiny_model(name)
     budget = {} if spec else {"kept_of_targets": 0.5}
     recipe = Recipe(targets=target, structure=structure, spec=spec, budget=budget)
+    if not set(embeddings(model)) and target in ("embedding", "all"):
+        with pytest.raises(RequestError, match="does more than look up rows"):
+            make_plan(model, recipe)
+        return
     plan = make_plan(tiny_config(name), recipe)
     assert plan == make_plan(model, recipe)
     assert plan.num_params_dense == num_params(model)
     assert set(plan.layers) == targeted(name, target)
     compress_(model, plan)
     assert plan.num_params == num_params(model)
-    assert set(structured_layers(model)) == set(plan.layers)
-    assert plan.num_params_targets == sum(
-        factor.numel() for layer in structured_layers(model).values() for factor in layer.factors.values()
-    )
+    heads = {head for layer in plan.layers.values() for head in layer.heads}
+    assert set(structured_layers(model)) == set(plan.layers) | heads
+    assert heads == ({"lm_head"} if target in ("embedding", "all") and model.config.tie_word_embeddings else set())
+    factors = {id(each): each for layer in structured_layers(model).values() for each in layer.factors.values()}
+    assert plan.num_params_targets == sum(factor.numel() for factor in factors.values())
     assert model(torch.arange(6)[None]).logits.isfinite().all()
 
 

@@ -33,14 +33,11 @@ def weighted(structure: str = "low_rank", **changes: object) -> kp.Recipe:
     return kp.Recipe(**{**fields, **changes})
 
 
-def compressed(model: nn.Module, recipe: kp.Recipe, tmp_path: object = None) -> tuple[nn.Module, dict]:
+def compressed(model: nn.Module, recipe: kp.Recipe) -> tuple[nn.Module, dict]:
     student = copy.deepcopy(model)
     moments = kp.calibrate(model, [WINDOWS], recipe)
     plan = kp.make_plan(model, recipe, moments)
-    if not recipe.weighting.sequential:
-        return student, kp.compress_(student, plan, moments=moments)
-    with SequentialInputs(student, [WINDOWS], tmp_path) as inputs:
-        return student, kp.compress_(student, plan, moments=moments, sequential=inputs)
+    return student, kp.compress_(student, plan, moments=moments, batches=[WINDOWS])
 
 
 def output_error(model: nn.Module, student: nn.Module, ids: Tensor) -> float:
@@ -187,7 +184,7 @@ def test_fits_one_after_the_other_lose_less_in_the_end(tiny_model, family, struc
     model = tiny_model(family)
     at_once, _ = compressed(model, weighted(structure, weighting={"metric": "input", "bias_correction": True}))
     sequential = {"metric": "input", "bias_correction": True, "sequential": True}
-    in_turn, _ = compressed(model, weighted(structure, weighting=sequential), tmp_path)
+    in_turn, _ = compressed(model, weighted(structure, weighting=sequential))
     assert output_error(model, in_turn, WINDOWS) < output_error(model, at_once, WINDOWS)
     assert not list(tmp_path.iterdir())
 

@@ -10,7 +10,7 @@ from kronpress.compression import LayerReport, compress_
 from kronpress.errors import RequestError, WorkError
 from kronpress.evaluation import EvaluationResult, evaluate
 from kronpress.healing import HealingLog, heal_
-from kronpress.layers import StructuredLinear
+from kronpress.layers import StructuredEmbedding, StructuredLinear
 from kronpress.planning import LayerPlan, Plan, make_plan
 from kronpress.recipe import Recipe, load_recipe
 from kronpress.tokens import load_running_text, load_train_tokens
@@ -25,6 +25,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RequestError",
+    "StructuredEmbedding",
     "StructuredLinear",
     "WorkError",
     "__version__",

@@ -43,10 +43,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kronpress.errors import RequestError, WorkError
 from kronpress.families import GEOMETRIES
-from kronpress.layers import StructuredLinear
+from kronpress.matrices import StructuredMatrix
 from kronpress.planning import Plan
 from kronpress.recipe import POCKET
-from kronpress.surgery import linear_layers, replace_module_, structured_layer, structured_layers, to_dense_
+from kronpress.surgery import replace_by_matrix_, replaceable_layers, structured_layers, to_dense_
 
 METHOD = "kronpress"
 # 2: a layer's plan has the options of its fit.
@@ -86,7 +86,7 @@ class KronpressQuantizer(HfQuantizer):
             problem = error.errors()[0]
             place = ".".join(map(str, problem["loc"]))
             raise WorkError(f"the checkpoint's plan cannot be read at {place}: {problem['msg']}") from error
-        layers = linear_layers(model)
+        layers = replaceable_layers(model)
         stored = _stored_shapes(checkpoint_files or [])
         # Some architectures rename their keys on saving; then only the check after loading is left.
         prefix = f"{model.base_model_prefix}."
@@ -97,19 +97,11 @@ class KronpressQuantizer(HfQuantizer):
             local = name if name in layers else name.removeprefix(prefix)
             if local not in layers:
                 raise WorkError(f"the checkpoint's plan names {name!r}, which {type(model).__name__} does not have")
-            layer = layers[local]
-            matrix = layer_plan.matrix_class(
-                layer_plan.out_features,
-                layer_plan.in_features,
-                layer_plan.spec,
-                dtype=layer.weight.dtype,  # type: ignore[arg-type]
-                device="meta",
-                options=layer_plan.options,
-            )
-            structured = structured_layer(layer, matrix)
+            matrix = layer_plan.empty_matrix(layers[local].weight.dtype)  # type: ignore[arg-type]
             if by_name:
-                _check_stored(structured, {name, local}, stored)
-            replace_module_(model, local, structured)
+                _check_stored(matrix, {name, local}, stored)
+            # A base model has no head.
+            replace_by_matrix_(model, local, matrix, [head for head in layer_plan.heads if head in layers])
         for path in checkpoint_files or []:
             check_checksum(Path(path))
         return model
@@ -143,9 +135,9 @@ def _stored_shapes(checkpoint_files: list[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_stored(layer: StructuredLinear, names: set[str], stored: dict[str, tuple[int, ...]]) -> None:
+def _check_stored(matrix: StructuredMatrix, names: set[str], stored: dict[str, tuple[int, ...]]) -> None:
     """Refuse what transformers would only warn of, going on with random values."""
-    for part, tensor in layer.named_parameters():
+    for part, tensor in matrix.factors.items():
         keys = [f"{name}.{part}" for name in names if f"{name}.{part}" in stored]
         if not keys:
             raise WorkError(f"the checkpoint is damaged: {max(names, key=len)}.{part} is missing from its weights")

@@ -23,7 +23,7 @@ from kronpress.evaluation import LONGEST_DEFAULT_WINDOW, PROTOCOLS, check_vocabu
 from kronpress.families import GEOMETRIES
 from kronpress.harness import find_tasks, run_tasks
 from kronpress.healing import heal_
-from kronpress.pipeline import Messages, calibrated, compress_loaded_
+from kronpress.pipeline import Messages, calibrated, compress_stages_
 from kronpress.pipeline import run as run_pipeline
 from kronpress.planning import make_plan
 from kronpress.recipe import POCKET, dump_recipe, load_recipe, recipe_names
@@ -167,9 +167,9 @@ def compress(
             f"--calibration: recipe {resolved.name!r} fits the weights alone; set weighting.metric=input"
         )
     loaded = load_model(model, resolved.revision)
-    data = calibrated(resolved, loaded, _say)
-    made = make_plan(loaded.model, resolved, data.moments)
-    layers = compress_loaded_(loaded, made, data, lambda name, done, total: _say(f"  {done + 1}/{total} {name}"))
+    made, layers = compress_stages_(
+        loaded, resolved, _say, lambda name, done, total: _say(f"  {done + 1}/{total} {name}")
+    )
     save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
     if as_json:
         reports = {name: report.model_dump(mode="json") for name, report in layers.items()}

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kronpress.calibration import PairedMoments, SequentialInputs
 from kronpress.checkpoint import attach_plan_
 from kronpress.errors import RequestError, WorkError
+from kronpress.folding import fold_, free_dimensions, permuted_moments, search_orders
+from kronpress.matrices.kronecker import KroneckerSpec
 from kronpress.matrices.metric import Metric, as_metric
 from kronpress.matrices.moments import InputMoments
 from kronpress.planning import LayerPlan, Plan
 from kronpress.recipe import Weighting
-from kronpress.surgery import dense_weight, linear_layers, replace_module_, structured_layer, weight_shape
-from kronpress.weighting import is_centred, shrinkage, shrunk, unshrunk_metric
+from kronpress.rotation import rotated_
+from kronpress.surgery import (
+    dense_weight,
+    replace_by_matrix_,
+    replaceable_layers,
+    structured_layers,
+    to_dense_,
+    weight_shape,
+)
+from kronpress.weighting import is_centred, layer_metric, shrinkage, shrunk, unshrunk_metric
 
 # Relative to the mean second moment of the inputs.
 SEQUENTIAL_RIDGE = 1e-2
+# Of the search for a rotation: in each every layer is fitted anew, and the first gain most.
+ROTATION_SWEEPS = 10
 
 
 class LayerReport(BaseModel):
@@ -46,7 +64,7 @@ def compress_(
     progress: Callable[[str, int, int], None] | None = None,
     *,
     moments: Mapping[str, InputMoments] | None = None,
-    sequential: SequentialInputs | None = None,
+    batches: Iterable[Any] = (),
 ) -> dict[str, LayerReport]:
     """Replace the planned layers of `model` in place, each by the fit that is nearest in the plan's metric.
 
@@ -57,7 +75,7 @@ def compress_(
     Args:
         progress: called with a layer's name, how many are done and how many there are.
         moments: of the dense model's inputs, by layer; needed for every metric but `none`.
-        sequential: where layers see the inputs they will get, needed if the plan is sequential: then W x of the dense
+        batches: token ids or dictionaries as for `calibrate`, needed if the plan is sequential: then W x of the dense
             model is approximated by Ŵ x̃ on the inputs x̃ that the layers replaced so far give.
 
     Returns:
@@ -67,41 +85,111 @@ def compress_(
         RequestError: the plan is of another model, or moments are missing or of another model.
         WorkError: a weight or a moment holds NaN or infinity.
     """
-    layers = linear_layers(model)
+    layers = replaceable_layers(model)
     weighting = plan.weighting
-    if weighting.sequential and sequential is None:
-        raise RequestError("the plan is sequential: compress_ needs the inputs, SequentialInputs(model, batches, ...)")
-    for name, layer_plan in plan.layers.items():
+    batches = list(batches)
+    if weighting.sequential and not batches:
+        raise RequestError("the plan is sequential: compress_ needs the calibration's batches of tokens")
+    if (plan.stage > 1) != bool(structured_layers(model)):
+        given = "has been compressed already" if plan.stage == 1 else "is dense"
+        raise RequestError(f"the plan is stage {plan.stage}, of another model: this one {given}")
+    for name in plan.new_layers:
+        layer_plan = plan.layers[name]
         shape = (layer_plan.out_features, layer_plan.in_features)
         if name not in layers or weight_shape(layers[name]) != shape:
-            there = f"is {weight_shape(layers[name])}" if name in layers else "is no linear layer"
+            there = f"is {weight_shape(layers[name])}" if name in layers else "is no linear layer or embedding"
             raise RequestError(f"the plan is of another model: it has {name!r} of shape {shape}, which here {there}")
-        weight = layers[name].weight
-        if not weight.isfinite().all():  # type: ignore[operator, union-attr]
+        if not dense_weight(layers[name]).isfinite().all():
             raise WorkError(f"the weight of {name!r} holds NaN or infinity")
         _check_moments(name, layers[name], weighting, moments or {})
 
-    reports = {}
-    for done, (name, layer_plan) in enumerate(plan.layers.items()):
-        if progress is not None:
-            progress(name, done, len(plan.layers))
-        layer = layers[name]
-        weight = dense_weight(layer)
-        dense = problem = _Problem(weight)
-        if moments is not None and weighting.metric != "none":
-            dense = problem = _dense_problem(layer, weighting, moments[name])
-        if sequential is not None and weighting.sequential:
-            problem = _sequential_problem(dense, sequential.moments(name))
-        matrix = layer_plan.matrix_class.from_dense(
-            problem.target.to(weight.dtype), layer_plan.spec, problem.metric, layer_plan.options
-        )
-        approximation = matrix.to_dense().detach()
-        if problem.means is not None:
-            _correct_bias_(layer, weight, approximation, *problem.means)
-        reports[name] = _report(weight, approximation, layer_plan, dense.metric)
-        replace_module_(model, name, structured_layer(layer, matrix))
+    # What is compressed again is dense meanwhile, so that it can be folded too.
+    to_dense_(model, plan.new_layers)
+    if plan.rotation:
+        moments = _rotate_(model, plan, moments)
+    if plan.folding:
+        moments = _fold_(model, plan, moments)
+    with ExitStack() as undo:
+        sequential = None
+        if weighting.sequential:
+            folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
+            sequential = undo.enter_context(SequentialInputs(model, batches, folder))
+        reports = {}
+        for done, name in enumerate(plan.new_layers):
+            if progress is not None:
+                progress(name, done, len(plan.new_layers))
+            reports[name] = _replace_(model, name, plan, moments, sequential)
     attach_plan_(model, plan)
     return reports
+
+
+def _rotate_(
+    model: nn.Module, plan: Plan, moments: Mapping[str, InputMoments] | None
+) -> Mapping[str, InputMoments] | None:
+    """Rotate the residual stream to where the plan's fits come nearest; the moments then. The logits stay."""
+    if not isinstance(model, PreTrainedModel):
+        raise RequestError("rotation: the residual stream of this model is not known; it is no transformers model")
+
+    def fit(layer_plan: LayerPlan, weight: Tensor, metric: Metric) -> Tensor:
+        structure = layer_plan.matrix_class
+        return structure.expand(structure.fit(weight, layer_plan.spec, metric, layer_plan.options))
+
+    fits = {name: partial(fit, plan.layers[name]) for name in plan.new_layers}
+    rotated = rotated_(model, fits, moments, plan.weighting, untie=True, max_sweeps=ROTATION_SWEEPS)
+    return None if moments is None else rotated.moments
+
+
+def _fold_(
+    model: nn.Module, plan: Plan, moments: Mapping[str, InputMoments] | None
+) -> Mapping[str, InputMoments] | None:
+    """Put the units of the plan's free dimensions into the best order found for its Kronecker sums; the moments then.
+
+    What the model computes stays as it was.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise RequestError("folding: the free dimensions of this model are not known; it is no transformers model")
+    sizes = {
+        name: (spec.left_shape, spec.right_shape, spec.num_terms)
+        for name in plan.new_layers
+        if isinstance(spec := plan.layers[name].spec, KroneckerSpec)
+    }
+
+    def metric(name: str) -> Metric | None:
+        if moments is None or plan.weighting.metric == "none":
+            return None
+        layer = model.get_submodule(name)
+        return layer_metric(layer, dense_weight(layer), moments[name], plan.weighting)
+
+    dimensions = free_dimensions(model)
+    for name, order in search_orders(model, plan.folding, sizes, metric).items():
+        fold_(model, dimensions[name], order)
+        moments = None if moments is None else permuted_moments(moments, dimensions[name], order)
+    return moments
+
+
+def _replace_(
+    model: nn.Module,
+    name: str,
+    plan: Plan,
+    moments: Mapping[str, InputMoments] | None,
+    sequential: SequentialInputs | None,
+) -> LayerReport:
+    """Fit one layer, and put the structured one in its place."""
+    layer, layer_plan, weighting = model.get_submodule(name), plan.layers[name], plan.weighting
+    weight = dense_weight(layer)
+    dense = problem = _Problem(weight)
+    if moments is not None and weighting.metric != "none":
+        dense = problem = _dense_problem(layer, weighting, moments[name])
+    if sequential is not None and not layer_plan.is_embedding:
+        problem = _sequential_problem(dense, sequential.moments(name))
+    matrix = layer_plan.matrix_class.from_dense(
+        problem.target.to(weight.dtype), layer_plan.spec, problem.metric, layer_plan.options
+    )
+    approximation = matrix.to_dense().detach()
+    if problem.means is not None:
+        _correct_bias_(layer, weight, approximation, *problem.means)
+    replace_by_matrix_(model, name, matrix, layer_plan.heads)
+    return _report(weight, approximation, layer_plan, dense.metric)
 
 
 @dataclass(frozen=True)
@@ -171,7 +259,8 @@ def _report(weight: Tensor, approximation: Tensor, layer_plan: LayerPlan, metric
     relative = error / norm if norm else 0.0
     output_error = None
     if metric is not None:
-        inputs = Metric(metric.input)
+        # The output of an embedding's rows is as frequent as they are.
+        inputs = metric if layer_plan.is_embedding else Metric(metric.input)
         energy = inputs.squared_norm(w)
         output_error = math.sqrt(max(0.0, inputs.squared_norm(w - approximation) / energy)) if energy else 0.0
     return LayerReport(

@@ -14,15 +14,26 @@ from kronpress.errors import RequestError
 
 MLP_ROLES = ("gate", "up", "gate_up", "down")
 ATTENTION_ROLES = ("query", "key", "value", "qkv", "output")
-TARGETS = {"mlp": MLP_ROLES, "attention": ATTENTION_ROLES, "blocks": ATTENTION_ROLES + MLP_ROLES}
+EMBEDDING = "embedding"
+TARGETS = {
+    "mlp": MLP_ROLES,
+    "attention": ATTENTION_ROLES,
+    "blocks": ATTENTION_ROLES + MLP_ROLES,
+    EMBEDDING: (EMBEDDING,),
+    "all": (EMBEDDING, *ATTENTION_ROLES, *MLP_ROLES),
+}
 
 
 @dataclass(frozen=True)
 class Family:
-    """`blocks` holds the transformer blocks by number; `roles` gives each linear layer's name inside a block."""
+    """`blocks` holds the transformer blocks by number; `roles` gives each linear layer's name inside a block.
+
+    `embedding` is that of the tokens.
+    """
 
     blocks: str
     roles: dict[str, str]
+    embedding: str = "model.embed_tokens"
 
 
 _LLAMA = Family(
@@ -42,6 +53,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         blocks="transformer.h",
         roles={"qkv": "attn.c_attn", "output": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+        embedding="transformer.wte",
     ),
     "opt": Family(
         blocks="model.decoder.layers",
@@ -53,6 +65,7 @@ FAMILIES: dict[str, Family] = {
             "up": "fc1",
             "down": "fc2",
         },
+        embedding="model.decoder.embed_tokens",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -80,17 +93,13 @@ def target_patterns(targets: str | list[str], model_type: str | None) -> list[st
     ['encoder\\\\..*\\\\.dense']
 
     Raises:
-        RequestError: a named target (`mlp`, `attention`, `blocks`) for an unknown family, or an expression
+        RequestError: a named target (one of TARGETS) for an unknown family, or an expression
             that is not valid.
     """
     if not targets:
         raise RequestError(f"targets is empty: give {', '.join(TARGETS)}, or regular expressions over module names")
     patterns = []
     for target in [targets] if isinstance(targets, str) else targets:
-        if target in ("embedding", "all"):
-            raise RequestError(
-                f"target {target!r}: embeddings are not compressed yet; allowed are {', '.join(TARGETS)}"
-            )
         if target in TARGETS:
             if model_type not in FAMILIES:
                 raise RequestError(
@@ -98,6 +107,8 @@ def target_patterns(targets: str | list[str], model_type: str | None) -> list[st
                     "for any other model give regular expressions over its module names"
                 )
             family = FAMILIES[model_type]
+            if EMBEDDING in TARGETS[target]:
+                patterns.append(re.escape(family.embedding))
             patterns += [
                 rf"{re.escape(family.blocks)}\.\d+\.{re.escape(name)}"
                 for role, name in family.roles.items()

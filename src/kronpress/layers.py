@@ -1,4 +1,4 @@
-"""The layer that stands in for a dense one: a structured matrix and a bias."""
+"""The layers that stand in for dense ones: a structured matrix and a bias, or a structured matrix that is looked up."""
 
 from __future__ import annotations
 
@@ -7,12 +7,40 @@ from torch import Tensor, nn
 from kronpress.matrices import StructuredMatrix
 
 
-class StructuredLinear(nn.Module):
-    """y = x Wᵀ + b with a structured W, (..., in_features) to (..., out_features).
+class StructuredLayer(nn.Module):
+    """A layer with a structured W (out_features, in_features).
 
     The layer owns the factors itself, so that its checkpoint keys are `<module>.weight`, with three
     dimensions, and its siblings: stock transformers then refuses the checkpoint instead of filling dense
     weights at random.
+    """
+
+    def __init__(self, matrix: StructuredMatrix) -> None:
+        """Takes over the parameters and the permutations of `matrix`."""
+        super().__init__()
+        self.structure = type(matrix)
+        self.out_features, self.in_features, self.spec = matrix.out_features, matrix.in_features, matrix.spec
+        self.options = matrix.options
+        self.factor_names = tuple(matrix.factors)
+        for name, factor in matrix.named_parameters():
+            self.register_parameter(name, factor)
+        for name, order in matrix.named_buffers():
+            self.register_buffer(name, order)
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.factor_names}
+
+    def to_dense(self) -> Tensor:
+        """W, (out_features, in_features)."""
+        return self.structure.expand(self.factors)
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features}, {self.in_features}, {self.structure.__name__}, {self.spec!r}"
+
+
+class StructuredLinear(StructuredLayer):
+    """y = x Wᵀ + b, (..., in_features) to (..., out_features).
 
     >>> import torch, kronpress as kp
     >>> matrix = kp.matrices.LowRank(6, 4, kp.matrices.LowRank.Spec(rank=2))
@@ -25,30 +53,41 @@ class StructuredLinear(nn.Module):
 
     def __init__(self, matrix: StructuredMatrix, bias: Tensor | None = None) -> None:
         """Takes over the parameters of `matrix`; `bias` has shape (out_features,)."""
-        super().__init__()
-        self.structure = type(matrix)
-        self.out_features, self.in_features, self.spec = matrix.out_features, matrix.in_features, matrix.spec
-        self.options = matrix.options
+        super().__init__(matrix)
         # The class that this layer replaced, which `surgery.dense_layer` gives back.
         self.dense_class: type[nn.Module] = nn.Linear
-        self.factor_names = tuple(matrix.factors)
-        for name, factor in matrix.named_parameters():
-            self.register_parameter(name, factor)
         if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
-
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.factor_names}
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.structure.multiply(self.factors, x)
         return y if self.bias is None else y + self.bias
 
-    def to_dense(self) -> Tensor:
-        """W, (out_features, in_features)."""
-        return self.structure.expand(self.factors)
 
-    def extra_repr(self) -> str:
-        return f"{self.out_features}, {self.in_features}, {self.structure.__name__}, {self.spec!r}"
+class StructuredEmbedding(StructuredLayer):
+    """The rows of W (num_embeddings, embedding_dim) at integer indices, (...) to (..., embedding_dim).
+
+    A tied head is a StructuredLinear that holds the same parameters.
+
+    >>> import torch, kronpress as kp
+    >>> layer = kp.StructuredEmbedding(kp.matrices.LowRank(100, 8, kp.matrices.LowRank.Spec(rank=2)))
+    >>> layer(torch.tensor([[3, 99]])).shape
+    torch.Size([1, 2, 8])
+    """
+
+    def __init__(self, matrix: StructuredMatrix, padding_idx: int | None = None) -> None:
+        """Takes over the parameters of `matrix`; `padding_idx` is that of the embedding it replaces, kept for it."""
+        super().__init__(matrix)
+        self.padding_idx = padding_idx
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.in_features
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.structure.rows(self.factors, indices)

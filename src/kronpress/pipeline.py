@@ -6,7 +6,6 @@ import copy
 import json
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from kronpress.calibration import Moments, SequentialInputs, calibrate, calibration_batches, moments_key
+from kronpress.calibration import Moments, calibrate, calibration_batches, moments_key
 from kronpress.checkpoint import (
     LoadedModel,
     atomic_folder,
@@ -32,7 +31,7 @@ from kronpress.compression import LayerReport, compress_
 from kronpress.errors import RequestError, unknown_name
 from kronpress.evaluation import evaluate, longest_context
 from kronpress.healing import HealingLog, HealingRow, checkpoint_step, heal_, newest_checkpoint
-from kronpress.planning import Plan, make_plan
+from kronpress.planning import Plan, make_plan, plan_stages
 from kronpress.recipe import Budget, Healing, Recipe, dump_recipe, load_recipe, recipe_names
 from kronpress.rivals import RIVALS, Contender, dense_contender
 from kronpress.tokens import RunningText, load_running_text, load_train_tokens
@@ -40,6 +39,8 @@ from kronpress.tokens import RunningText, load_running_text, load_train_tokens
 RESULTS_FORMAT = 1
 PROMPT = "It was a cold evening in November, and the old man"
 CONTINUATION_TOKENS = 40
+# What the working folder has of a stage that is done.
+STAGE_NOTE = "stage.json"
 # Tokens in memory at once while calibrating: GPT-2's logits of so many, and their gradients, take 0.4 GB.
 CALIBRATION_TOKENS = 1024
 
@@ -93,17 +94,18 @@ def run(
     continues = resume and work.exists()
     if not continues:
         check_writable(out, overwrite)
-        if newest_checkpoint(work) is not None and not overwrite:
+        if _is_begun(work) and not overwrite:
             raise RequestError(f"{out} was begun and interrupted: --resume goes on with it, --overwrite starts anew")
         shutil.rmtree(work, ignore_errors=True)
     rival_recipes = {name: _rival_recipe(name, recipe) for name in recipe.rivals if name not in RIVALS}
     messages.stage(f"loading {recipe.model}")
     teacher = load_model(recipe.model, recipe.revision)
     known: dict[str, Moments] = {}
-    data = calibrated(recipe, teacher, messages.stage, known)
-    plan = make_plan(teacher.model, recipe, data.moments)
+    data = calibrated(recipe.parts[0], teacher, messages.stage, known)
+    plan = make_plan(teacher.model, recipe.parts[0], data.moments)
     # All plans before any work: a budget that a rival cannot meet is a wrong request.
-    budget = Budget(params=plan.num_params)
+    final = plan if len(recipe.parts) == 1 else _last_plan(recipe, teacher, plan)
+    budget = Budget(params=final.num_params)
     rival_recipes = {name: rival.model_copy(update={"budget": budget}) for name, rival in rival_recipes.items()}
     rival_data = {name: calibrated(rival, teacher, messages.stage, known) for name, rival in rival_recipes.items()}
     rival_plans = {
@@ -112,20 +114,22 @@ def run(
     arena = _Arena(recipe, teacher, _train_tokens(teacher.tokenizer, recipe, messages), _texts(recipe), messages)
 
     rows = [_measure(arena, dense_contender(teacher.model, plan), "dense")]
-    main, story = _compress(arena, recipe, plan, data)
-    rows.append(_measure(arena, main, "compressed"))
     with _training_folder(work, recipe):
         resumed_at_steps = _note_resumption(work)
-        healing, more = _heal(arena, main, recipe.healing, work=work, resume=resume)
-        rows += more
+        main, stages = _compressed_and_healed(arena, plan, data, known, work, resume)
+    rows += [row for stage in stages for row in stage["rows"]]
+    final = Plan.model_validate(stages[-1]["plan"])
     rivals: list[dict[str, Any]] = []
     for name in recipe.rivals:
         if name in RIVALS:
             messages.stage(f"making the rival {name}")
-            rival = RIVALS[name](copy.deepcopy(teacher.model), plan)
+            rival = RIVALS[name](copy.deepcopy(teacher.model), final)
             rival_story: dict[str, Any] = {}
         else:
-            rival, rival_story = _compress(arena, rival_recipes[name], rival_plans[name], rival_data[name])
+            copied = replace(teacher, model=copy.deepcopy(teacher.model))
+            rival_story = {"recipe": rival_recipes[name].model_dump(mode="json")}
+            rival_story |= _compress_(arena, copied, rival_recipes[name], rival_plans[name], rival_data[name])
+            rival = _contender(rival_recipes[name].name, copied, rival_plans[name])
         if rival.name != "dense":  # measured above
             rows.append(_measure(arena, rival, "compressed"))
         if rival.is_trained:
@@ -145,8 +149,11 @@ def run(
         "seed": recipe.seed,
         "prompt": PROMPT,
         "rows": rows,
-        **story,
-        "healing": healing.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "plan": stages[-1]["plan"],
+        "layers": {name: report for stage in stages for name, report in stage["layers"].items()},
+        "healing": stages[-1]["healing"],
+        "stages": [{key: stage[key] for key in ("plan", "layers", "healing")} for stage in stages[:-1]],
         "rivals": rivals,
         "resumed_at_steps": resumed_at_steps,
         "seconds": time.monotonic() - started,
@@ -155,7 +162,7 @@ def run(
     replaceable = overwrite or (continues and (out / "results.json").is_file())
     with atomic_folder(out, overwrite=replaceable) as partial:
         (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        (partial / "plan.json").write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (partial / "plan.json").write_text(final.model_dump_json(indent=1) + "\n", encoding="utf-8")
         write_model(main.model, teacher.tokenizer, partial / "model", teacher.dtype)
         (partial / "results.json").write_text(
             json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -213,40 +220,110 @@ def compress_loaded_(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, LayerReport]:
     """`compress_` the loaded model in place with all that the plan needs."""
-    moments, batches = data
-    if not plan.weighting.sequential:
-        return compress_(loaded.model, plan, progress, moments=moments)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        SequentialInputs(loaded.model, batches, Path(folder)) as sequential,
-    ):
-        return compress_(loaded.model, plan, progress, moments=moments, sequential=sequential)
+    return compress_(loaded.model, plan, progress, moments=data.moments, batches=data.batches)
 
 
-def _compress(arena: _Arena, recipe: Recipe, plan: Plan, data: Calibrated) -> tuple[Contender, dict[str, Any]]:
-    """A compressed copy of the teacher, rounded as it will be stored, and what results.json says of it."""
+def compress_stages_(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    message: Callable[[str], None],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Plan, dict[str, LayerReport]]:
+    """Compress the loaded model in place by all stages of the recipe, with no healing between them.
+
+    Returns:
+        The plan of the model as it then is, and the error of each layer in the stage that replaced it last.
+    """
+    plan: Plan | None = None
+    layers: dict[str, LayerReport] = {}
+    for part in recipe.parts:
+        data = calibrated(part, loaded, message)
+        plan = make_plan(loaded.model, part, data.moments, before=plan)
+        layers |= compress_loaded_(loaded, plan, data, progress)
+    assert plan is not None
+    return plan, layers
+
+
+def _last_plan(recipe: Recipe, teacher: LoadedModel, first: Plan) -> Plan:
+    """What the last stage will leave, as far as it can be known before the stages before it have run."""
+    if not recipe.rivals:
+        return first
+    if any(part.allocation == "measured" for part in recipe.parts):
+        raise RequestError(
+            f"rivals of {recipe.name!r} are to have its size, which is known only when its stages have run, since one "
+            "of them measures its allocation: give the rivals runs of their own"
+        )
+    return plan_stages(teacher.model, recipe)[-1]
+
+
+def _compressed_and_healed(
+    arena: _Arena, plan: Plan, data: Calibrated, known: dict[str, Moments], work: Path, resume: bool
+) -> tuple[Contender, list[dict[str, Any]]]:
+    """The teacher's copy after all stages, and of each stage rows, plan, layers' errors and healing as JSON has them.
+
+    Stages that an interrupted run has finished are taken from `work`.
+
+    Args:
+        plan, data: those of the first stage.
+    """
+    recipe, parts = arena.recipe, arena.recipe.parts
+    student = replace(arena.teacher, model=copy.deepcopy(arena.teacher.model))
+    stages: list[dict[str, Any]] = []
+    for number, part in enumerate(parts, start=1):
+        folder = work if len(parts) == 1 else work / f"stage-{number}"
+        if (folder / STAGE_NOTE).is_file() and resume:
+            stages.append(json.loads((folder / STAGE_NOTE).read_text(encoding="utf-8")))
+            plan = Plan.model_validate(stages[-1]["plan"])
+            student = replace(student, model=load_model(str(folder / "model")).model)
+            student.model.config.dtype = arena.teacher.dtype
+            continue
+        if number > 1:
+            data = calibrated(part, student, arena.messages.stage, known)
+            plan = make_plan(student.model, part, data.moments, before=plan)
+        name = recipe.name if number == len(parts) else f"{recipe.name}, stage {number} of {len(parts)}"
+        story = _compress_(arena, student, part, plan, data)
+        contender = _contender(name, student, plan)
+        rows = [_measure(arena, contender, "compressed")]
+        read = sum(earlier.healing.num_tokens for earlier in parts[: number - 1])
+        log, more = _heal(arena, contender, part.healing, work=folder, resume=resume, read=read)
+        stages.append({"rows": rows + more, **story, "healing": log.model_dump(mode="json")})
+        if number < len(parts) and part.healing.save_steps is not None:
+            write_model(student.model, student.tokenizer, folder / "model", None)
+            student.model.config.dtype = arena.teacher.dtype  # that of the working precision was written there
+            (folder / STAGE_NOTE).write_text(json.dumps(stages[-1]), encoding="utf-8")
+    return contender, stages
+
+
+def _contender(name: str, loaded: LoadedModel, plan: Plan) -> Contender:
+    return Contender(name, loaded.model, plan.num_params, plan.bytes, plan.flops_per_token)
+
+
+def _compress_(arena: _Arena, loaded: LoadedModel, recipe: Recipe, plan: Plan, data: Calibrated) -> dict[str, Any]:
+    """Compress in place, rounded as it will be stored; what results.json says of it."""
     set_seed(recipe.seed)
-    arena.messages.stage(f"compressing by {recipe.name}")
-    copied = replace(arena.teacher, model=copy.deepcopy(arena.teacher.model))
-    layers = compress_loaded_(copied, plan, data)
-    _round_to_(copied.model, arena.teacher.dtype)
-    story = {
-        "recipe": recipe.model_dump(mode="json"),
+    arena.messages.stage(f"compressing by {recipe.name}" + (f", stage {plan.stage}" if arena.recipe.stages else ""))
+    layers = compress_loaded_(loaded, plan, data)
+    _round_to_(loaded.model, arena.teacher.dtype)
+    return {
         "plan": plan.model_dump(mode="json"),
         "layers": {name: report.model_dump(mode="json") for name, report in layers.items()},
     }
-    return Contender(recipe.name, copied.model, plan.num_params, plan.bytes, plan.flops_per_token), story
 
 
 def _heal(
-    arena: _Arena, contender: Contender, healing: Healing, work: Path | None = None, resume: bool = False
+    arena: _Arena, contender: Contender, healing: Healing, work: Path | None = None, resume: bool = False, read: int = 0
 ) -> tuple[HealingLog, list[dict[str, Any]]]:
-    """Train the contender in place; the log, and the row of what it became if there was any training."""
+    """Train the contender in place; the log, and the row of what it became if there was any training.
+
+    Args:
+        read: how many of the tokens it was trained on before; it is trained on the next, or on all if they are too few.
+    """
     arena.messages.stage(f"healing {contender.name}, {healing.num_steps} steps")
+    unread = arena.tokens[read:]
     log = heal_(
         contender.model,
         arena.teacher.model,
-        arena.tokens,
+        unread if len(unread) >= healing.num_tokens else arena.tokens,
         healing,
         seed=arena.recipe.seed,
         work_dir=work,
@@ -264,17 +341,20 @@ def _rival_recipe(name: str, recipe: Recipe) -> Recipe:
     if name not in recipe_names() and not Path(name).is_file():
         raise unknown_name("rival", name, [*RIVALS, *recipe_names()])
     rival = load_recipe(name)
-    kept = ["model", "revision", "seed", "calibration", "healing", "evaluation"]
-    if name in recipe_names() and not rival.has_fixed_sizes:
-        kept.append("targets")  # any will do for it
-    return rival.model_copy(update={key: getattr(recipe, key) for key in kept})
+    kept = ("model", "revision", "seed", "calibration", "healing", "evaluation")
+    changes = {key: getattr(recipe, key) for key in kept}
+    if name in recipe_names() and not rival.has_fixed_sizes and not rival.stages:  # any targets will do for it
+        changes["targets"] = recipe.all_targets
+    return rival.model_copy(update=changes)
 
 
 def _rival_healing(name: str, healing: Healing) -> Healing:
-    """The dense model cannot be distilled into itself: it is trained on the text."""
+    """The dense model is trained on the text, not distilled into itself; a map is for as many blocks as there are."""
+    healing = healing.model_copy(update={"layer_map": None}) if name == "blocks" else healing
     if name != "dense":
         return healing
-    return healing.model_copy(update={"language_model_weight": 1.0, "distillation_weight": 0.0})
+    no_teacher = dict.fromkeys(healing.teacher_weights, 0.0)
+    return healing.model_copy(update={"language_model_weight": 1.0, **no_teacher})
 
 
 def _round_to_(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -294,17 +374,31 @@ def _training_folder(work: Path, recipe: Recipe) -> Iterator[None]:
     try:
         yield
     finally:
-        if not any(work.glob("checkpoint-*")):
+        if not _is_begun(work):
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_begun(work: Path) -> bool:
+    """Whether there is anything in `work` to go on from."""
+    return _steps_done(work) is not None
+
+
+def _steps_done(work: Path) -> int | None:
+    """The optimiser steps, of all stages, that need not be done again; None if there is nothing to go on from."""
+    finished = [json.loads(note.read_text(encoding="utf-8")) for note in work.glob(f"stage-*/{STAGE_NOTE}")]
+    current = [newest_checkpoint(folder) for folder in (work, work / f"stage-{len(finished) + 1}")]
+    steps = [stage["healing"]["num_steps"] for stage in finished]
+    steps += [checkpoint_step(checkpoint) for checkpoint in current if checkpoint is not None]
+    return sum(steps) if steps else None
 
 
 def _note_resumption(work: Path) -> list[int]:
     """The steps at which this run was resumed so far, this time included."""
     note = work / "resumed_at_steps.json"
     steps = json.loads(note.read_text()) if note.is_file() else []
-    checkpoint = newest_checkpoint(work)
-    if checkpoint is not None:
-        steps.append(checkpoint_step(checkpoint))
+    done = _steps_done(work)
+    if done is not None:
+        steps.append(done)
         note.write_text(json.dumps(steps))
     return steps
 

@@ -6,31 +6,45 @@ output, what `compress_` carries out, and what a checkpoint stores so that it ca
 
 from __future__ import annotations
 
+import copy
 import re
 from bisect import bisect_left
 from collections.abc import Mapping
 from functools import cache, partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kronpress.candidates import DENSE, FITTED, choose, screen
 from kronpress.errors import RequestError, unknown_name
-from kronpress.families import target_patterns
+from kronpress.families import FAMILIES, target_patterns
+from kronpress.layers import StructuredEmbedding, StructuredLayer, StructuredLinear
 from kronpress.matrices import STRUCTURES, StructuredMatrix
 from kronpress.matrices.metric import Metric
 from kronpress.matrices.moments import InputMoments
 from kronpress.recipe import AUTO, Budget, Recipe, Weighting
-from kronpress.surgery import dense_weight, is_shared, linear_layers, structured_layers, weight_shape
+from kronpress.surgery import (
+    dense_weight,
+    linear_layers,
+    owners,
+    replace_by_matrix_,
+    replaceable_layers,
+    structured_layers,
+    tied_heads,
+    weight_shape,
+)
 from kronpress.weighting import layer_metric
 
 
 class LayerPlan(BaseModel):
-    """What one linear layer becomes."""
+    """What one linear layer, or an embedding's table (num_embeddings, embedding_dim), becomes.
+
+    `heads` are the linear layers tied to the embedding, which multiply by the same matrix.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,6 +53,8 @@ class LayerPlan(BaseModel):
     in_features: int
     spec: Any
     options: Any = {}
+    is_embedding: bool = False
+    heads: list[str] = []
     # What a measured allocation expects this matrix alone to cost, ½ tr(G ΔW C ΔWᵀ); None if it was not measured.
     predicted_rise: float | None = None
 
@@ -75,8 +91,20 @@ class LayerPlan(BaseModel):
         return self.out_features * self.in_features
 
     @property
+    def num_indices(self) -> int:
+        """Integers of permutations, which are stored with every place that holds the matrix."""
+        sizes = self.matrix_class.order_sizes(self.out_features, self.in_features, self.spec)
+        return (1 + len(self.heads)) * sum(sizes.values())
+
+    @property
     def flops_per_token(self) -> int:
-        return _count_flops(self.structure, self.out_features, self.in_features, self.spec)
+        """Those of all places that multiply by the matrix; looking up a row is none."""
+        num_products = len(self.heads) + (0 if self.is_embedding else 1)
+        return num_products * _count_flops(self.structure, self.out_features, self.in_features, self.spec)
+
+    def empty_matrix(self, dtype: torch.dtype) -> StructuredMatrix:
+        """The matrix on the meta device."""
+        return self.matrix_class(self.out_features, self.in_features, self.spec, dtype, "meta", self.options)
 
 
 class CandidateReport(BaseModel):
@@ -110,19 +138,27 @@ class Plan(BaseModel):
 
     Parameters are floating-point numbers of the whole model, embeddings and head included, tied ones counted
     once. FLOPs are those of all linear layers for one token, the head included, two for a multiply-add;
-    attention scores and element-wise work are left out.
+    attention scores and element-wise work are left out. `num_params_untied` are those of heads that were tied to a
+    compressed embedding and are left dense; the integers of permutations are counted in `bytes` alone. `folding` names
+    the free dimensions (folding.py) whose units are put in the best order before the fits. `before` names the layers
+    that stages before this one, number `stage`, have replaced and this plan leaves as they are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str
     layers: dict[str, LayerPlan]
+    stage: int = 1
+    before: list[str] = []
     weighting: Weighting = Weighting()
+    folding: list[str] = []
+    rotation: bool = False
     allocation: AllocationReport | None = None
     num_params: int
     num_params_dense: int
     num_params_targets: int
     num_params_targets_dense: int
+    num_params_untied: int = 0
     kept_of_targets: float
     kept_of_model: float
     flops_per_token: int
@@ -138,6 +174,11 @@ class Plan(BaseModel):
             raise ValueError("a plan replaces at least one layer")
         return layers
 
+    @property
+    def new_layers(self) -> list[str]:
+        """The layers that this plan replaces, in the model's order."""
+        return [name for name in self.layers if name not in self.before]
+
 
 class _BudgetTooSmall(RequestError):
     """The budget leaves a targeted layer less than the smallest structure needs."""
@@ -147,8 +188,11 @@ def make_plan(
     model_or_config: nn.Module | PreTrainedConfig,
     recipe: Recipe,
     moments: Mapping[str, InputMoments] | None = None,
+    before: Plan | None = None,
 ) -> Plan:
     """What `recipe` makes of a model, from its shapes alone, or with a measured allocation from weights and moments.
+
+    Of a recipe of several stages it is what the last leaves.
 
     >>> from transformers import GPT2Config
     >>> from kronpress import load_recipe
@@ -156,25 +200,39 @@ def make_plan(
     81972576
 
     Args:
-        model_or_config: any module with `nn.Linear` or `Conv1D` layers, or a causal language model's configuration.
+        model_or_config: any module with `nn.Linear`, `Conv1D` or `nn.Embedding` layers, or a causal language model's
+            configuration.
         moments: of the targeted layers' inputs, by layer, for `allocation: measured`.
+        before: the plan that an earlier stage has carried out on this model.
 
     Raises:
-        RequestError: a target matches no linear layer, a layer's shape does not divide, a layer is tied to
+        RequestError: a target matches no layer, a layer's shape does not divide, a layer is tied to
             another, the budget cannot be met, or a measured allocation has no weights or moments.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
-    if structured_layers(model) or getattr(model_or_config, "quantization_config", None) is not None:
+    is_compressed = structured_layers(model) and before is None
+    if is_compressed or (before is None and getattr(model_or_config, "quantization_config", None) is not None):
         raise RequestError("the model is compressed or quantised already: plan and compress the dense one it came from")
-    layers = linear_layers(model)
-    targets = find_targets(model, layers, recipe)
+    if recipe.stages:
+        return plan_stages(model, recipe)[-1]
+    layers = replaceable_layers(model)
+    targets = find_targets(model, recipe)
+    heads = {name: tied_heads(model, name) if _is_embedding(layers[name]) else [] for name in targets}
+    untied = {name: prod(targets[name]) for name, others in heads.items() if others and recipe.head == "dense"}
+    heads |= {name: [] for name in untied}
+    if recipe.rotation:
+        untied |= _untied_by_rotation(model, recipe, targets)
 
-    num_params_dense = sum(p.numel() for p in model.parameters() if p.is_floating_point())
-    targets_dense = sum(out * inn for out, inn in targets.values())
+    present = Totals.of(model)
+    dense = present if before is None else Totals(before.num_params_dense, before.flops_per_token_dense)
     dtype = stored_dtype(model)
+    # What the targets hold now, and what the heads that lose their tie will hold.
+    held = sum(_num_params_held(layers[name]) for name in targets)
+    rest = present.num_params - held + sum(untied.values())
+    targets_dense = sum(map(prod, targets.values()))
     allocation = None
     try:
-        budget_params = target_params(recipe.budget, num_params_dense, targets_dense, dtype.itemsize)
+        budget_params = target_params(recipe.budget, dense.num_params, rest, targets_dense, dtype.itemsize)
         if recipe.allocation == "measured":
             planned, allocation = _allocated(layers, targets, recipe, budget_params, moments)
         else:
@@ -184,38 +242,110 @@ def make_plan(
     except _BudgetTooSmall as error:
         least = _least_budget(targets, recipe, targets_dense)
         raise RequestError(
-            f"{error}; the least possible is {least} in the targeted layers, "
-            f"{num_params_dense - targets_dense + least} in the model"
+            f"{error}; the least possible is {least} in the targeted layers, {rest + least} in the model"
         ) from error
-    left_dense = sum(out * inn for name, (out, inn) in targets.items() if name not in planned)
+    planned = {
+        name: layer.model_copy(update={"is_embedding": _is_embedding(layers[name]), "heads": heads[name]})
+        for name, layer in planned.items()
+    }
+    left_dense = sum(prod(shape) for name, shape in targets.items() if name not in planned)
     num_params_targets = left_dense + sum(layer.num_params for layer in planned.values())
-    num_params = num_params_dense - targets_dense + num_params_targets
+    num_params = rest + num_params_targets
     if budget_params is not None and num_params_targets > budget_params:
         raise RequestError(
             f"recipe {recipe.name!r} has fixed sizes that leave {num_params_targets} parameters in the targeted "
-            f"layers, {num_params} in the model; the budget allows {budget_params} and "
-            f"{num_params - num_params_targets + budget_params}"
+            f"layers, {num_params} in the model; the budget allows {budget_params} and {rest + budget_params}"
         )
 
-    dense_flops = _dense_flops(layers)
-    planned_flops = {name: layer.flops_per_token for name, layer in planned.items()}
+    flops = _flops(model)
+    for name, layer in planned.items():
+        flops |= {**dict.fromkeys(layer.heads, 0), name: layer.flops_per_token}
+    earlier = {} if before is None else {name: each for name, each in before.layers.items() if name not in targets}
+    together = {**earlier, **planned}
+    layers_planned = {name: together[name] for name in layers if name in together}
     return Plan(
         recipe=recipe.name,
-        layers=planned,
+        layers=layers_planned,
+        stage=1 if before is None else before.stage + 1,
+        before=list(earlier),
         weighting=recipe.weighting,
+        folding=recipe.folding,
+        rotation=recipe.rotation,
         allocation=allocation,
         num_params=num_params,
-        num_params_dense=num_params_dense,
+        num_params_dense=dense.num_params,
         num_params_targets=num_params_targets,
         num_params_targets_dense=targets_dense,
+        num_params_untied=sum(untied.values()) + (before.num_params_untied if before else 0),
         kept_of_targets=num_params_targets / targets_dense,
-        kept_of_model=num_params / num_params_dense,
-        flops_per_token=sum({**dense_flops, **planned_flops}.values()),
-        flops_per_token_dense=sum(dense_flops.values()),
+        kept_of_model=num_params / dense.num_params,
+        flops_per_token=sum(flops.values()),
+        flops_per_token_dense=dense.flops_per_token,
         dtype=str(dtype).removeprefix("torch."),
-        bytes=num_params * dtype.itemsize,
-        bytes_dense=num_params_dense * dtype.itemsize,
+        bytes=num_params * dtype.itemsize
+        + 8 * sum(layer.num_indices for layer in [*earlier.values(), *planned.values()]),
+        bytes_dense=dense.num_params * dtype.itemsize,
     )
+
+
+def _untied_by_rotation(model: nn.Module, recipe: Recipe, targets: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of the head's own weight where it was tied: the last norm's gain, folded into it, ends the tie.
+
+    Raises:
+        RequestError: the model's residual stream is not known, or the recipe asks for what a rotation does not allow.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in FAMILIES:
+        raise RequestError(f"rotation: of a model of type {model_type!r} the residual stream is not known")
+    name = FAMILIES[model_type].embedding
+    if name in targets or structured_layers(model):
+        raise RequestError("rotation: the embedding and all layers outside the targets have to be dense")
+    if not tied_heads(model, name):
+        return {}
+    if recipe.head == "tied":
+        raise RequestError("rotation gives the tied head a weight of its own, which is counted: allow it by head=dense")
+    return {name: prod(weight_shape(model.get_submodule(name)))}
+
+
+def plan_stages(model: nn.Module, recipe: Recipe) -> list[Plan]:
+    """The plan of each stage, as each finds the model that the stages before it leave; by shapes alone.
+
+    Raises:
+        RequestError: as `make_plan`; a stage with a measured allocation cannot be planned before those before it ran.
+    """
+    shell = meta_model(model.config) if isinstance(model, PreTrainedModel) else copy.deepcopy(model).to("meta")
+    plans: list[Plan] = []
+    for number, part in enumerate(recipe.parts, start=1):
+        try:
+            plans.append(make_plan(shell, part, before=plans[-1] if plans else None))
+        except RequestError as error:
+            raise RequestError(f"stage {number} of {recipe.name!r}: {error}") from error
+        for name in plans[-1].new_layers:
+            layer = plans[-1].layers[name]
+            replace_by_matrix_(shell, name, layer.empty_matrix(stored_dtype(shell)), layer.heads)
+    return plans
+
+
+class Totals(NamedTuple):
+    """Floating-point parameters of a model as it is, shared ones counted once, and its FLOPs for one token."""
+
+    num_params: int
+    flops_per_token: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Totals:
+        return cls(sum(p.numel() for p in model.parameters() if p.is_floating_point()), sum(_flops(model).values()))
+
+
+def _is_embedding(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Embedding | StructuredEmbedding)
+
+
+def _num_params_held(layer: nn.Module) -> int:
+    """Parameters of the layer's matrix as it is, dense or structured."""
+    if isinstance(layer, StructuredLayer):
+        return layer.structure.count_params(layer.out_features, layer.in_features, layer.spec)
+    return layer.weight.numel()  # type: ignore[operator, union-attr]
 
 
 def _allocated(
@@ -280,13 +410,18 @@ def _allocated(
     return planned, report
 
 
-def dense_flops_per_token(model: nn.Module) -> int:
-    """FLOPs of all dense linear layers for one token, counted as in `Plan`."""
-    return sum(_dense_flops(linear_layers(model)).values())
+def _flops(model: nn.Module) -> dict[str, int]:
+    """FLOPs of each linear layer for one token, dense or structured."""
+    dense = {name: 2 * layer.weight.numel() for name, layer in linear_layers(model).items()}  # type: ignore[operator, union-attr]
+    structured = {
+        name: _count_flops_of(layer) for name, layer in structured_layers(model).items() if not _is_embedding(layer)
+    }
+    return {**dense, **structured}
 
 
-def _dense_flops(layers: dict[str, nn.Module]) -> dict[str, int]:
-    return {name: 2 * layer.weight.numel() for name, layer in layers.items()}  # type: ignore[operator, union-attr]
+def _count_flops_of(layer: StructuredLayer) -> int:
+    name = next(name for name, structure in STRUCTURES.items() if structure is layer.structure)
+    return _count_flops(name, layer.out_features, layer.in_features, layer.spec)
 
 
 @cache
@@ -309,40 +444,59 @@ def stored_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def find_targets(model: nn.Module, layers: dict[str, nn.Module], recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Shapes of the targeted layers, in the model's order."""
+def find_targets(model: nn.Module, recipe: Recipe) -> dict[str, tuple[int, int]]:
+    """Shapes (out_features, in_features) of the targeted layers, in the model's order; an embedding's is its table's.
+
+    Raises:
+        RequestError: a target matches no layer, or one that is tied to a layer that is not replaced with it.
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    layers = replaceable_layers(model)
     found: set[str] = set()
     for pattern in target_patterns(recipe.targets, model_type):
         matches = [name for name in layers if re.fullmatch(pattern, name)]
+        others = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        special = [name for name in others if name not in layers and re.fullmatch(pattern, name)]
+        if special:
+            kind = type(model.get_submodule(special[0])).__name__
+            raise RequestError(f"target {special[0]!r} is a {kind}, which does more than look up rows: it stays dense")
         if not matches:
             raise RequestError(
-                f"target {pattern!r} matches none of the model's {len(layers)} linear layers: "
+                f"target {pattern!r} matches none of the model's {len(layers)} linear layers and embeddings: "
                 f"{', '.join(list(layers)[:6])}{', ...' if len(layers) > 6 else ''}"
             )
         found.update(matches)
     for name in found:
-        if is_shared(model, layers[name]):
-            raise RequestError(f"target {name!r} shares its weight with another place, which would be left dense")
+        others = [other for other in owners(model, layers[name]) if other != name]
+        if others and not (_is_embedding(layers[name]) and all(_is_head(model, other) for other in others)):
+            raise RequestError(f"target {name!r} shares its weight with {others[0]!r}, which would be left dense")
     return {name: weight_shape(layer) for name, layer in layers.items() if name in found}
 
 
-def target_params(budget: Budget, model_dense: int, targets_dense: int, itemsize: int) -> int | None:
-    """How many parameters the budget leaves for the targeted layers; None without a budget."""
+def _is_head(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), nn.Linear | StructuredLinear)
+
+
+def target_params(budget: Budget, num_params_dense: int, rest: int, targets_dense: int, itemsize: int) -> int | None:
+    """How many parameters the budget leaves for the targeted layers; None without a budget.
+
+    Args:
+        num_params_dense: of the dense model.
+        rest: parameters that will be outside the targeted layers.
+    """
     if budget.kept_of_targets is not None:
         return int(budget.kept_of_targets * targets_dense)
     if budget.params is not None:
         total = budget.params
     elif budget.kept_of_model is not None:
-        total = int(budget.kept_of_model * model_dense)
+        total = int(budget.kept_of_model * num_params_dense)
     elif budget.bytes is not None:
         total = budget.bytes // itemsize
     else:
         return None
-    rest = model_dense - targets_dense
     if total <= rest:
         raise _BudgetTooSmall(
-            f"budget of {total} parameters: the layers that are not targeted already hold {rest} of {model_dense}"
+            f"budget of {total} parameters: the layers that are not targeted already hold {rest} of {num_params_dense}"
         )
     return total - rest
 

@@ -31,6 +31,24 @@ from kronpress.matrices import STRUCTURES
 POCKET = "pocket"
 AUTO = "auto"
 RECIPES = resources.files("kronpress") / "recipes"
+SHARE = "share"
+# What a stage may have of its own.
+STAGE_FIELDS = (
+    "targets",
+    "head",
+    "structure",
+    "candidates",
+    "allocation",
+    "flops_not_above_dense",
+    "spec",
+    "fit",
+    "budget",
+    "calibration",
+    "weighting",
+    "folding",
+    "rotation",
+    "healing",
+)
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -133,12 +151,25 @@ class Healing(_Section):
     language_model_weight: NonNegativeFloat = Field(1.0, description="weight of the next-token cross-entropy")
     distillation_weight: NonNegativeFloat = Field(0.0, description="weight of KL(teacher ‖ student) of the logits")
     temperature: PositiveFloat = Field(1.0, description="temperature of both distributions in the distillation")
+    embedding_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the mean squared difference from the teacher in what enters the first block"
+    )
+    attention_weight: NonNegativeFloat = Field(
+        0.0, description="weight of KL(teacher ‖ student) of the attention maps, summed over the matched blocks"
+    )
+    hidden_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the mean squared difference after each block, summed over the matched blocks"
+    )
+    layer_map: list[NonNegativeInt] | None = Field(
+        None, description="the teacher's block, from 0, that matches each block of the student; evenly if unset"
+    )
     save_steps: PositiveInt | None = Field(None, description="steps between training checkpoints; none if unset")
 
     @model_validator(mode="after")
     def _consistent(self) -> Healing:
-        if self.language_model_weight == 0 and self.distillation_weight == 0:
-            raise ValueError("language_model_weight and distillation_weight are both 0: nothing to minimise")
+        if not any((self.language_model_weight, *self.teacher_weights.values())):
+            names = ", ".join(["language_model_weight", *self.teacher_weights])
+            raise ValueError(f"{names} are all 0: nothing to minimise")
         for size in [self.sequences_per_step, *(phase.sequences_per_step for phase in self.phases)]:
             if size is not None and size % (self.sequences_per_pass or 1):
                 raise ValueError(f"sequences_per_pass {self.sequences_per_pass} does not divide {size}")
@@ -146,6 +177,16 @@ class Healing(_Section):
         if self.phases and abs(shares - 1) > 1e-6:
             raise ValueError(f"the shares of the phases add up to {shares:g}, not 1")
         return self
+
+    @property
+    def teacher_weights(self) -> dict[str, float]:
+        """The weights of the terms that compare with the teacher, by the names of their fields."""
+        return {
+            "distillation_weight": self.distillation_weight,
+            "embedding_weight": self.embedding_weight,
+            "attention_weight": self.attention_weight,
+            "hidden_weight": self.hidden_weight,
+        }
 
     @property
     def parts(self) -> list[Healing]:
@@ -215,12 +256,18 @@ class Recipe(_Section):
         0, description="seed of the choice of calibration windows and labels, and of the order of training sequences"
     )
     targets: str | list[str] = Field(
-        "mlp", description="`mlp`, `attention`, `blocks`, or regular expressions over whole module names"
+        "mlp",
+        description="`mlp`, `attention`, `blocks`, `embedding`, `all`, or regular expressions over whole module names",
+    )
+    head: Literal["tied", "dense"] = Field(
+        "tied",
+        description="of an embedding with a tied head: the head computes with the same factors, or keeps the dense "
+        "table as a weight of its own, which is counted",
     )
     structure: str = Field(
         "kronecker", description=f"one of {', '.join(STRUCTURES)}, or `auto`: for each matrix one of `candidates`"
     )
-    candidates: list[str] = Field(list(STRUCTURES), description="the structures that `auto` chooses from")
+    candidates: list[str] = Field(["low_rank", "kronecker"], description="the structures that `auto` chooses from")
     allocation: Literal["uniform", "measured"] = Field(
         "uniform", description="the same fraction of each matrix, or what costs the least loss by the calibration"
     )
@@ -229,11 +276,26 @@ class Recipe(_Section):
     )
     spec: dict[str, Any] = Field({}, description="sizes of the structure that are fixed; the budget chooses the rest")
     fit: dict[str, Any] = Field({}, description="options of the structure's fit, such as Kronecker's `start`")
+    folding: list[Literal["mlp", "value", "residual"]] = Field(
+        [],
+        description="units that are put in the order in which Kronecker sums come nearest: hidden units of the MLPs, "
+        "value channels of the heads, the residual stream; folded into their neighbours, at no cost",
+    )
+    rotation: bool = Field(
+        False,
+        description="rotate the residual stream to where the fits come nearest (ProcrustesGPT), at no cost but that of "
+        "a tied head, which needs a weight of its own: with head=dense",
+    )
     budget: Budget = Field(default_factory=Budget)
     calibration: Calibration = Field(default_factory=Calibration)
     weighting: Weighting = Field(default_factory=Weighting)
     healing: Healing = Field(default_factory=Healing)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    stages: list[dict[str, Any]] = Field(
+        [],
+        description="compress and heal several times: each stage has its `share` of the healing's tokens, and of the "
+        "other fields those that differ from the recipe's; one stage if empty",
+    )
     rivals: list[str] = Field(
         [],
         description="what a run measures beside it, on the same tokens: `dense` trained further, fewer `blocks`, "
@@ -253,7 +315,7 @@ class Recipe(_Section):
             return fields
         if structure not in STRUCTURES:
             raise unknown_name("structure", str(structure), [*STRUCTURES, AUTO])
-        sizes = {name: STRUCTURES[structure].Spec.model_fields[name] for name in _free_sizes(structure)}
+        sizes = {name: STRUCTURES[structure].Spec.model_fields[name] for name in _sizes(structure)}
         spec = _checked_values("spec", f"size of {structure}", fields.get("spec", {}), sizes)
         options = STRUCTURES[structure].Options
         fit = _checked_values("fit", f"fit option of {structure}", fields.get("fit", {}), options.model_fields)
@@ -278,12 +340,70 @@ class Recipe(_Section):
             raise ValueError("flops_not_above_dense needs allocation: measured")
         return self
 
+    @model_validator(mode="after")
+    def _stages_are_recipes(self) -> Recipe:
+        for number, stage in enumerate(self.stages, start=1):
+            for name in stage:
+                if name not in (SHARE, *STAGE_FIELDS):
+                    raise unknown_name(f"field of stage {number}", str(name), (SHARE, *STAGE_FIELDS))
+            share = stage.get(SHARE)
+            if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 1:
+                raise ValueError(
+                    f"stage {number} needs a {SHARE} of the healing's tokens, from 0 to 1; given {share!r}"
+                )
+        total = sum(stage[SHARE] for stage in self.stages)
+        if self.stages and abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of the stages add up to {total:g}, not 1")
+        _ = self.parts
+        return self
+
+    @property
+    def parts(self) -> list[Recipe]:
+        """The stages as recipes of one stage each, in order; the recipe itself if it has none.
+
+        Tokens and steps of the healing are divided by the stages' shares.
+        """
+        if not self.stages:
+            return [self]
+        whole = self.model_dump(mode="json", exclude={"stages"})
+        parts, share_before = [], 0.0
+        for stage in self.stages:
+            changes = {name: value for name, value in stage.items() if name != SHARE}
+            fields = _merge(whole, changes)
+            # One structure's sizes, and one budget, say nothing to another.
+            for section in ("spec", "fit", "budget"):
+                if section in changes or (
+                    section != "budget" and changes.get("structure", self.structure) != self.structure
+                ):
+                    fields[section] = changes.get(section, {})
+            for limit in ("max_steps", "tokens"):
+                given = getattr(self.healing, limit)
+                if given is not None:
+                    ends = [round(given * min(1.0, part)) for part in (share_before, share_before + stage[SHARE])]
+                    fields["healing"][limit] = ends[1] - ends[0]
+            if fields["healing"]["tokens"] == 0:
+                fields["healing"] |= {"tokens": None, "max_steps": 0}
+            share_before += stage[SHARE]
+            try:
+                parts.append(Recipe.model_validate(fields))
+            except ValidationError as error:
+                raise RequestError(f"stage {len(parts) + 1}: {_explain(error)}") from error
+        return parts
+
+    @property
+    def all_targets(self) -> str | list[str]:
+        """The targets of all stages."""
+        if not self.stages:
+            return self.targets
+        lists = [[part.targets] if isinstance(part.targets, str) else part.targets for part in self.parts]
+        return list(dict.fromkeys(target for targets in lists for target in targets))
+
     @property
     def has_fixed_sizes(self) -> bool:
         """Whether `spec` leaves nothing for a budget to choose."""
         if self.structure == AUTO:
             return False
-        return set(self.spec) == set(_free_sizes(self.structure))
+        return {name for name, default in _sizes(self.structure).items() if default is None} <= set(self.spec)
 
 
 def _checked_values(section: str, kind: str, given: Any, allowed: Mapping[str, FieldInfo]) -> dict[str, Any]:
@@ -306,9 +426,10 @@ def _checked_values(section: str, kind: str, given: Any, allowed: Mapping[str, F
     return checked
 
 
-def _free_sizes(structure: str) -> list[str]:
+def _sizes(structure: str) -> dict[str, Any]:
+    """What a recipe may fix of the structure's spec, and its default; None where the budget has to choose."""
     parameters = inspect.signature(STRUCTURES[structure].candidate_specs).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 # With the bundled model every recipe runs offline, on two cores, in about a minute.

@@ -82,12 +82,16 @@ def plan_tables(plan: Plan) -> list[Table]:
     totals = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for title in ("", "dense", "compressed", "kept"):
         totals.add_column(title, justify="left" if not title else "right")
-    for title, dense, compressed in [
+    lines = [
         ("parameters", plan.num_params_dense, plan.num_params),
         ("  of the targets", plan.num_params_targets_dense, plan.num_params_targets),
         (f"bytes ({plan.dtype})", plan.bytes_dense, plan.bytes),
         ("FLOPs per token", plan.flops_per_token_dense, plan.flops_per_token),
-    ]:
+    ]
+    if plan.num_params_untied:
+        without = plan.num_params - plan.num_params_untied
+        lines.insert(1, ("  without the untied head", plan.num_params_dense, without))
+    for title, dense, compressed in lines:
         totals.add_row(title, f"{dense:,}", f"{compressed:,}", f"{compressed / dense:.4f}")
 
     groups: dict[tuple[Any, ...], list[str]] = {}
@@ -200,11 +204,16 @@ def _megabytes(num_bytes: int | None) -> str:
 
 
 def healing_line(row: HealingRow) -> str:
-    """One line of progress, under 80 columns."""
+    """One line of progress, under 80 columns unless inner layers are distilled."""
     left = f"{int(row.seconds_left) // 60}:{int(row.seconds_left) % 60:02d}"
     terms = f"lm {row.language_model_nats:.3f}"
-    if row.distillation_nats is not None:
-        terms += f", kl {row.distillation_nats:.3f}"
+    others = {
+        "kl": row.distillation_nats,
+        "emb": row.embedding_mse,
+        "attn": row.attention_nats,
+        "hid": row.hidden_mse,
+    }
+    terms += "".join(f", {name} {value:.3f}" for name, value in others.items() if value is not None)
     return (
         f"  step {row.step}/{row.num_steps}  {terms}  rate {row.learning_rate:.1e}  "
         f"{row.tokens_per_second:,.0f} tok/s  {left} left"

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kronpress.errors import RequestError
 from kronpress.families import FAMILIES
-from kronpress.planning import Plan, dense_flops_per_token
+from kronpress.planning import Plan, Totals
 
 # Numbers that share one 16-bit scale.
 QUANTIZATION_GROUP = 32
@@ -131,7 +131,7 @@ def _fewer_blocks(dense: PreTrainedModel, plan: Plan) -> Contender:
     num_params = _num_params(model)
     name = f"{num_blocks} of {dense.config.num_hidden_layers} blocks"
     num_bytes = num_params * plan.bytes_dense // plan.num_params_dense
-    return Contender(name, model, num_params, num_bytes, dense_flops_per_token(model))
+    return Contender(name, model, num_params, num_bytes, Totals.of(model).flops_per_token)
 
 
 def _quantized(dense: PreTrainedModel, plan: Plan, bits: int) -> Contender:

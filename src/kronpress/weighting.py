@@ -21,7 +21,7 @@ SHRINKAGE_UNSEEN = 0.1
 
 def is_centred(layer: nn.Module, weighting: Weighting) -> bool:
     """Whether the layer's bias takes up the mean output error, so that the rest is fitted about the mean."""
-    return weighting.bias_correction and layer.bias is not None
+    return weighting.bias_correction and getattr(layer, "bias", None) is not None
 
 
 def layer_metric(layer: nn.Module, weight: Tensor, moments: InputMoments, weighting: Weighting) -> Metric:
@@ -40,7 +40,9 @@ def unshrunk_metric(layer: nn.Module, weight: Tensor, moments: InputMoments, wei
         RequestError: the moments are of another size, or without what the metric needs.
         WorkError: they hold NaN or infinity.
     """
-    if weighting.metric == "magnitude":
+    if moments.counts is not None:
+        metric = _embedding_metric(moments, weighting)
+    elif weighting.metric == "magnitude":
         if moments.magnitude is None:
             raise RequestError("the metric `magnitude` needs E|x|, which these moments do not have: calibrate anew")
         metric = Metric(torch.diag(moments.magnitude))
@@ -49,6 +51,28 @@ def unshrunk_metric(layer: nn.Module, weight: Tensor, moments: InputMoments, wei
     checked = as_metric(metric, weight)
     assert checked is not None
     return checked
+
+
+def _embedding_metric(moments: InputMoments, weighting: Weighting) -> Metric:
+    """tr(D ΔW M ΔWᵀ) for an embedding's table W (vocab, width), D the diagonal of how often each row is looked up.
+
+    A row v that was looked up moves the loss by ½ ΔW_v G ΔW_vᵀ to second order, with G = E[g gᵀ] of the gradient by
+    the embedding's output. A head tied to it moves it by ½ E[Var_p(ΔW h)] with p its prediction, at most
+    ½ Σ_v E[p_v] ΔW_v H ΔW_vᵀ with H = E[h hᵀ] of what it reads; and the mean prediction E[p] is about D. So with the
+    metric `loss` M = G + H. Otherwise M = H, or the identity without a head.
+
+    Rows that were not seen count as if seen once, the weight of rare rows being uncertain anyway.
+    """
+    assert moments.counts is not None
+    frequencies = (moments.counts + 1) / (moments.counts + 1).sum()
+    has_heads = bool(moments.second.any())
+    if weighting.metric == "loss":
+        if moments.gradient is None:
+            raise RequestError(
+                "the metric `loss` needs the loss's gradients: calibrate with calibration.sensitivity=true"
+            )
+        return Metric(moments.gradient + moments.second, frequencies)
+    return Metric(moments.second if has_heads else None, frequencies)
 
 
 def shrunk(metric: Metric, amount: float) -> Metric:
@@ -66,7 +90,7 @@ def shrinkage(weight: Tensor, metric: Metric, moments: InputMoments, weighting: 
     """
     asked = weighting.shrinkage if isinstance(weighting.shrinkage, float) else None  # None: held_out
     is_short = moments.num_tokens < len(moments.mean)
-    if metric.input is None or weighting.metric == "magnitude":
+    if metric.input is None or weighting.metric == "magnitude" or moments.counts is not None:
         return 0.0
     if asked is not None and not is_short:
         return asked

@@ -6,7 +6,7 @@ Letters as in energies.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from statistics import fmean
@@ -29,7 +29,7 @@ from kronpress.spectrum.energies import (
     fitted_output_energy,
     forms,
 )
-from kronpress.surgery import dense_weight, linear_layers
+from kronpress.surgery import dense_weight, replaceable_layers
 
 # Of each matrix's parameters, where the recipe has no budget.
 DEFAULT_SHARE = 0.5
@@ -117,20 +117,39 @@ def spectrum(
             are missing or of another size.
         WorkError: a weight or a moment holds NaN or infinity.
     """
-    layers = linear_layers(model)
-    targets = find_targets(model, layers, recipe)
+    layers = replaceable_layers(model)
+    targets = find_targets(model, recipe)
     if any(layers[name].weight.is_meta for name in targets):  # type: ignore[union-attr]
         raise RequestError("the spectrum needs the model's weights, not its configuration alone")
-    seconds = None if moments is None else {name: layer.second for name, layer in moments.items()}
+    seconds = None if moments is None else _Seconds(moments)
     weights = {name: dense_weight(layers[name]) for name in targets}
     return spectrum_of_weights(weights, _share(model, targets, recipe), seconds, progress)
+
+
+class _Seconds(Mapping[str, Tensor]):
+    """C of each layer, read with its moments each time that it is asked for."""
+
+    def __init__(self, moments: Mapping[str, InputMoments]) -> None:
+        self.moments = moments
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.moments[name].second
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.moments
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.moments)
+
+    def __len__(self) -> int:
+        return len(self.moments)
 
 
 def _share(model: nn.Module, targets: Mapping[str, Shape], recipe: Recipe) -> float:
     """The fraction of the targeted matrices' parameters that the budget leaves them."""
     num_params = sum(p.numel() for p in model.parameters() if p.is_floating_point())
     targeted = sum(map(prod, targets.values()))
-    left = target_params(recipe.budget, num_params, targeted, stored_dtype(model).itemsize)
+    left = target_params(recipe.budget, num_params, num_params - targeted, targeted, stored_dtype(model).itemsize)
     return DEFAULT_SHARE if left is None else min(1.0, left / targeted)
 
 
@@ -154,13 +173,14 @@ def spectrum_of_weights(
     for name in weights:
         if seconds is not None and name not in seconds:
             raise RequestError(f"there are moments of {len(seconds)} layers, but none of {name!r}: calibrate")
-    metrics = {name: _metric(name, weight, seconds) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        _metric(name, weight, seconds)  # to refuse a wrong one before any work; all together may not fit into memory
     rows, curves = [], []
     chances: dict[Form, Tensor] = {}
     for done, (name, weight) in enumerate(weights.items()):
         if progress is not None:
             progress(name, done, len(weights))
-        w, metric = weight.to(torch.float64), metrics[name]
+        w, metric = weight.to(torch.float64), _metric(name, weight, seconds)
         m, n = w.shape
         usable = [form for form in forms(m, n) if form.terms_at(share) > 0]
         if not usable:
