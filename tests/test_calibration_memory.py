@@ -24,11 +24,11 @@ import kronpress as kp
 from kronpress.calibration import Moments, calibrate, load_moments, moments_key, num_bytes
 from kronpress.calibration import moments as moments_module
 from kronpress.calibration import sums as sums_module
+from kronpress.calibration import whole_model as whole_model_module
 from kronpress.calibration.whole_model import grouped
 from kronpress.matrices.moments import InputMoments
 from kronpress.planning import find_targets
 from kronpress.recipe import Calibration, Recipe
-from kronpress.surgery import linear_layers
 
 Build = Callable[..., PreTrainedModel]
 PARTS = ("second", "mean", "magnitude", "gradient", "held_out")
@@ -45,13 +45,13 @@ def assert_identical(actual: Mapping[str, InputMoments], expected: Mapping[str, 
     for name, moments in expected.items():
         found = actual[name]
         assert found.num_tokens == moments.num_tokens
-        for part in PARTS:
+        for part in (*PARTS, "counts"):
             torch.testing.assert_close(getattr(found, part), getattr(moments, part), rtol=0, atol=0)
 
 
 def sizes_of(model: nn.Module, wanted: Recipe) -> dict[str, int]:
     """The most bytes that the moments of each targeted layer take."""
-    shapes = find_targets(model, linear_layers(model), wanted)
+    shapes = find_targets(model, wanted)
     section = wanted.calibration
     return {name: num_bytes([shape], section.sensitivity, section.held_out > 0) for name, shape in shapes.items()}
 
@@ -113,7 +113,15 @@ def test_moments_do_not_depend_on_the_passes(
     assert_identical(divided, together)
 
 
-def test_passes_memory_and_disk_are_told_before_the_model_is_run(tiny_model: Build, tmp_path: Path) -> None:
+@pytest.fixture
+def in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is one whose blocks are not known."""
+    monkeypatch.setattr(whole_model_module, "block_prefix", lambda _: None)
+
+
+def test_passes_memory_and_disk_are_told_before_the_model_is_run(
+    tiny_model: Build, tmp_path: Path, in_passes: None
+) -> None:
     model, wanted = tiny_model("gpt2"), recipe()
     sizes = sizes_of(model, wanted)
     for max_bytes in (1, max(sizes.values()), sum(sizes.values()) - 1, sum(sizes.values())):
@@ -125,13 +133,109 @@ def test_passes_memory_and_disk_are_told_before_the_model_is_run(tiny_model: Bui
             calibrate(model, IDS.split(3), wanted, cache=cache, max_bytes=max_bytes, messages=told.append)
         handle.remove()
         assert len(runs) == 4 * len(groups)  # two batches, each with something held out
-        if len(groups) > 1:
-            largest = max(sum(map(sizes.__getitem__, group)) for group in groups)
-            assert f"{len(sizes)} layers in {len(groups)} passes: " in told[0]
-            assert f"at most {largest / 1e6:,.1f} MB of memory" in told[0]
-            assert f"{sum(sizes.values()) / 1e6:,.1f} MB of disk in {str(cache)!r}" in told[0]
-        else:
-            assert told[0].endswith(f"their moments take at most {sum(sizes.values()) / 1e6:,.1f} MB")
+        way = f"in {len(groups)} passes" if len(groups) > 1 else "in one pass"
+        largest = max(sum(map(sizes.__getitem__, group)) for group in groups)
+        disk = f", the moments {sum(sizes.values()) / 1e6:,.1f} MB of disk in {str(cache)!r}" if len(groups) > 1 else ""
+        memory = f"the sums take at most {largest / 1e6:,.1f} MB of memory"
+        assert told[0] == f"calibrating {len(sizes)} layers {way}: {memory}{disk}"
+
+
+@pytest.mark.parametrize("sensitivity", [True, False])
+def test_block_by_block_memory_and_disk_are_told_before_the_model_is_run(
+    sensitivity: bool, tiny_model: Build, tmp_path: Path
+) -> None:
+    model, wanted = tiny_model("gpt2"), recipe(sensitivity=sensitivity)
+    sizes = sizes_of(model, wanted)
+    total, in_block = sum(sizes.values()), sum(sizes.values()) // 2
+    # The states before each of two blocks and after the last, and the gradient by one; or those before one alone.
+    states = IDS.numel() * 16 * 4 * (4 if sensitivity else 1)
+    for max_bytes in (1, in_block, total - 1, total):
+        told: list[str] = []
+        handle = model.register_forward_pre_hook(lambda *_, told=told: None if told else pytest.fail("not told"))
+        cache = tmp_path / str(max_bytes)
+        with counted_runs(model) as runs, counted_runs(model.transformer.h[0].mlp) as block_runs:
+            calibrate(model, IDS.split(3), wanted, cache=cache, max_bytes=max_bytes, messages=told.append)
+        handle.remove()
+        num_parts = 4  # two batches, each with something held out
+        # Two of them are differentiated by the logits.
+        assert len(runs) == num_parts + (2 if sensitivity else 0)
+        groups = 4 if max_bytes == 1 else 1
+        assert len(block_runs) == num_parts * (groups + (1 if sensitivity else 0))
+        memory = max(sizes.values()) if max_bytes == 1 else total if max_bytes == total else in_block
+        moments = "" if max_bytes == total else f", the moments {total / 1e6:,.1f} MB of disk in {str(cache)!r}"
+        assert told[0] == (
+            f"calibrating {len(sizes)} layers block by block: the sums take at most {memory / 1e6:,.1f} MB of memory"
+            f"{moments}, the hidden states {states / 1e6:,.1f} MB of disk in {str(cache)!r}"
+        )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    family=st.sampled_from(["gpt2", "opt", "llama", "qwen2"]),
+    targets=st.sampled_from(
+        ["mlp", "blocks", [r".*\.1\..*(up_proj|fc1|c_fc)"], [r".*(wte|embed_tokens)", r".*\.0\..*"]]
+    ),
+    share=st.floats(0, 1),
+    rows=st.integers(1, 6),
+    padding=st.booleans(),
+    sensitivity=st.booleans(),
+    held_out=st.sampled_from([0.0, 0.4]),
+    seed=st.integers(0, 9),
+)
+def test_both_ways_measure_the_same(
+    family: str,
+    targets: Any,
+    share: float,
+    rows: int,
+    padding: bool,
+    sensitivity: bool,
+    held_out: float,
+    seed: int,
+    tiny_model: Build,
+) -> None:
+    model = tiny_model(family)
+    wanted = recipe(targets, sensitivity=sensitivity, held_out=held_out, seed=seed)
+    batches = list(IDS.split(rows))
+    if padding:
+        mask = torch.ones_like(batches[0])
+        mask[:, 4:] = 0
+        batches[0] = {"input_ids": batches[0], "attention_mask": mask}
+    max_bytes = 1 + int(share * sum(sizes_of(model, wanted).values()))
+    before = torch.get_rng_state()
+    by_blocks = calibrate(model, batches, wanted, max_bytes=max_bytes)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_model_module, "block_prefix", lambda _: None)
+        whole = calibrate(model, batches, wanted)
+    assert by_blocks.key == whole.key
+    assert_near(by_blocks, whole)
+
+
+def assert_near(actual: Mapping[str, InputMoments], expected: Mapping[str, InputMoments], rtol: float = 1e-6) -> None:
+    assert list(actual) == list(expected)
+    for name, moments in expected.items():
+        found = actual[name]
+        assert found.num_tokens == moments.num_tokens
+        for part in (*PARTS, "counts"):
+            one, other = getattr(found, part), getattr(moments, part)
+            assert (one is None) == (other is None), (name, part)
+            if other is not None:
+                torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * other.abs().max().item())
+
+
+def test_blocks_below_the_first_layer_are_not_differentiated(tiny_model: Build) -> None:
+    model = tiny_model("gpt2", n_layer=3)
+    enabled: list[list[bool]] = []
+    for block in model.transformer.h:
+        block.mlp.register_forward_pre_hook(lambda *_: enabled[-1].append(torch.is_grad_enabled()))
+    for targets, expected in {
+        r".*\.1\.mlp\.c_fc": [False, False, False, True, True],  # forward, the last block and the middle one
+        r".*\.2\.mlp\.c_fc": [False, False, False, True],
+        r"transformer\.wte": [False, False, False, True, True, True],
+    }.items():
+        enabled.append([])
+        calibrate(model, [IDS], recipe([targets], held_out=0.0))
+        assert enabled[-1] == expected
 
 
 def test_no_more_sums_stand_in_memory_than_were_allowed(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +259,7 @@ def test_no_more_sums_stand_in_memory_than_were_allowed(tiny_model: Build, monke
     assert list(moments) == list(sizes)
 
 
-def test_a_pass_differentiates_no_further_down_than_its_first_layer(tiny_model: Build) -> None:
+def test_a_pass_differentiates_no_further_down_than_its_first_layer(tiny_model: Build, in_passes: None) -> None:
     model, wanted = tiny_model("gpt2"), recipe(held_out=0.0)
     names = list(sizes_of(model, wanted))
     in_graph: list[bool] = []
@@ -168,6 +272,78 @@ def test_a_pass_differentiates_no_further_down_than_its_first_layer(tiny_model: 
         handle.remove()
     # In pass i: a layer's output as it leaves the layer depends on a leaf if it comes after layer i.
     assert in_graph == [layer > i for i in range(len(names)) for layer in range(len(names))]
+
+
+class Saved:
+    """A tensor that a graph has saved to go back; `num_bytes` are those of all that stand, `peak` the most of them."""
+
+    num_bytes = peak = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        Saved.num_bytes += tensor.nbytes
+        Saved.peak = max(Saved.peak, Saved.num_bytes)
+
+    def __del__(self) -> None:
+        Saved.num_bytes -= self.tensor.nbytes
+
+
+def most_saved(model: nn.Module, wanted: Recipe) -> int:
+    """The most bytes that graphs have saved at a time while the model is calibrated."""
+    Saved.num_bytes = Saved.peak = 0
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        calibrate(model, [IDS], wanted)
+    assert Saved.num_bytes == 0
+    return Saved.peak
+
+
+@pytest.mark.parametrize("targets", ["mlp", "blocks", [r".*\.(wte|embed_tokens)", r".*\.0\.mlp.*"]])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_graph_in_memory_is_that_of_one_block(
+    family: str, targets: Any, tiny_model: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    few, many = (tiny_model(family, **{size: count}) for count in (2, 5))
+    wanted = recipe(targets)
+    assert most_saved(many, wanted) == most_saved(few, wanted) > 0
+    monkeypatch.setattr(whole_model_module, "block_prefix", lambda _: None)
+    assert most_saved(many, wanted) > 2 * most_saved(few, wanted)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_the_first_layer_that_reads_what_is_not_finite_is_told_though_blocks_are_measured_backwards(
+    index: int, tiny_model: Build, tmp_path: Path
+) -> None:
+    model = tiny_model("gpt2", n_layer=3)
+    with torch.no_grad():
+        model.transformer.h[index].ln_2.weight[3] = torch.nan
+    told = rf"the input of 'transformer\.h\.{index}\.mlp\.c_fc' holds NaN or infinity"
+    for max_bytes in (1, 2**40):
+        with pytest.raises(kp.WorkError, match=told):
+            calibrate(model, [IDS], recipe(), cache=tmp_path, max_bytes=max_bytes)
+        assert names_in(tmp_path) == []
+    with torch.no_grad():
+        model.transformer.h[index].ln_2.weight[3] = 1
+        model.transformer.ln_f.weight[3] = torch.nan
+    with pytest.raises(kp.WorkError, match=r"the loss's gradient by the output of '.*' holds NaN or infinity"):
+        calibrate(model, [IDS], recipe())
+
+
+def test_a_failure_on_the_way_back_leaves_no_hooks(tiny_model: Build) -> None:
+    model = tiny_model("llama")
+    before = [len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules()]
+
+    def fails_backwards(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(fails_backwards)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, [IDS], recipe(), max_bytes=1)
+    handle.remove()
+    assert [len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any("forward" in vars(each) for each in model.modules())
 
 
 @pytest.mark.parametrize("max_bytes", [0, -1])
@@ -193,13 +369,13 @@ def test_a_file_without_a_name_lives_as_long_as_its_moments(
     opened: list[Any] = []
     begin = tempfile.TemporaryFile
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda: opened.append(begin()) or opened[-1])
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **where: opened.append(begin(**where)) or opened[-1])
     moments = calibrate(tiny_model("llama"), [IDS], recipe(), max_bytes=1)
     assert names_in(tmp_path) == []
-    assert [file.closed for file in opened] == [False]
+    assert [file.closed for file in opened] == [False, True]  # the hidden states are of no more use
     layer = moments["model.layers.1.mlp.up_proj"]
     del moments
-    assert [file.closed for file in opened] == [True]
+    assert all(file.closed for file in opened)
     assert layer.second.isfinite().all()
 
 
@@ -256,7 +432,7 @@ def test_a_file_that_is_cut_short_after_it_was_opened_is_told(stored: Moments, t
     loaded = load_moments(path)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 1)
-    with pytest.raises(kp.WorkError, match=r"the moments '.*layers\.1.*' are no longer in their file"):
+    with pytest.raises(kp.WorkError, match=r"the moments '.*layers\.0.*' are no longer in their file"):
         list(loaded.values())
 
 
@@ -317,9 +493,9 @@ def test_any_damage_to_a_file_is_told(data: st.DataObject, tmp_path_factory: pyt
 
 def test_another_format_is_told(tmp_path: Path) -> None:
     path = small_file(tmp_path / "moments")
-    content = path.read_bytes().replace(b'\\"format\\": 3', b'\\"format\\": 9')
+    content = path.read_bytes().replace(b'\\"format\\": 4', b'\\"format\\": 9')
     path.write_bytes(content)
-    with pytest.raises(kp.RequestError, match=r"moments' holds moments of format 9, and this version reads format 3"):
+    with pytest.raises(kp.RequestError, match=r"moments' holds moments of format 9, and this version reads format 4"):
         load_moments(path)
 
 
@@ -368,7 +544,10 @@ def test_a_failure_between_passes_leaves_nothing(tiny_model: Build, tmp_path: Pa
 
 
 def test_a_disk_that_fills_up_without_a_cache_is_told(tiny_model: Build) -> None:
-    with no_file_beyond(2000), pytest.raises(kp.WorkError, match="could not write "):
+    states = IDS.numel() * 16 * 4 * 4
+    with no_file_beyond(states), pytest.raises(kp.WorkError, match="could not write "):
+        calibrate(tiny_model("gpt2"), [IDS], recipe(), max_bytes=1)
+    with no_file_beyond(states // 2), pytest.raises(kp.WorkError, match="the hidden states could not be kept in"):
         calibrate(tiny_model("gpt2"), [IDS], recipe(), max_bytes=1)
 
 
@@ -376,11 +555,11 @@ def test_too_little_room_is_told_before_the_model_is_run(
     tiny_model: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, wanted = tiny_model("gpt2"), recipe()
-    needed = sum(sizes_of(model, wanted).values())
+    needed = sum(sizes_of(model, wanted).values()) + IDS.numel() * 16 * 4 * 4
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with (
         counted_runs(model) as runs,
-        pytest.raises(kp.WorkError, match=r"the moments need .* MB, and '.*' has .* free"),
+        pytest.raises(kp.WorkError, match=r"the moments and hidden states need .* MB, and '.*' has .* free"),
     ):
         calibrate(model, [IDS], wanted, cache=tmp_path, max_bytes=1)
     assert runs == []

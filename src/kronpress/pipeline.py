@@ -206,11 +206,17 @@ def calibrated(
         return Calibrated()
     batches = calibration_batches(loaded.tokenizer, recipe, calibration_batch(recipe))
     known = {} if known is None else known
-    key = moments_key(loaded.model, recipe, batches)
-    if key not in known:
-        message(f"calibrating for {recipe.name} on {recipe.calibration.data}")
-        known[key] = calibrate(loaded.model, batches, recipe, messages=message)
-    return Calibrated(known[key], batches)
+    with_gradients = recipe.weighting.model_copy(update={"metric": "loss"})
+    keys = [
+        moments_key(loaded.model, recipe.model_copy(update={"weighting": weighting}), batches)
+        for weighting in (recipe.weighting, with_gradients)
+    ]
+    for key in keys:  # moments with gradients serve where none are asked for
+        if key in known:
+            return Calibrated(known[key], batches)
+    message(f"calibrating for {recipe.name} on {recipe.calibration.data}")
+    known[keys[0]] = calibrate(loaded.model, batches, recipe, messages=message)
+    return Calibrated(known[keys[0]], batches)
 
 
 def compress_loaded_(

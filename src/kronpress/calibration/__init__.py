@@ -1,7 +1,7 @@
 """What layers read on real data, and how the loss responds to what they answer.
 
-`calibrate` measures a whole model at once; `BlockStream` takes hidden states through one transformer block after
-another, for models larger than the compute device and for layers that shall see what replaced ones before them give.
+`calibrate` measures all targeted layers of a model; `BlockStream` takes hidden states through one transformer block
+after another, for graphs that fit into memory and for layers that shall see what replaced ones before them give.
 """
 
 from kronpress.calibration.batches import calibration_batches

@@ -23,9 +23,9 @@ from kronpress.errors import RequestError, WorkError
 from kronpress.matrices.moments import InputMoments
 
 # What is measured, and how it is stored; part of every key.
-FORMAT = 3
+FORMAT = 4
 _METADATA = "kronpress.moments"
-_PARTS = ("second", "mean", "gradient", "held_out", "magnitude")
+_PARTS = ("second", "mean", "gradient", "held_out", "magnitude", "counts")
 # No size, offset or number of tokens in a file's header is larger.
 _LARGEST = 10**15
 # The limit of the format (100 MB): what another file begins with may be any number.
@@ -115,11 +115,12 @@ class MomentsFile:
             WorkError: it cannot be written there.
         """
         self._path, self._key = path, key
+        self._layers = list(layers)
         self._table: dict[str, Mapping[str, Any]] = {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._end = 0  # of the tensors written so far
         self._digest = hashlib.sha256()
-        self._header_bytes = _most_header_bytes(list(layers), key)
+        self._header_bytes = _most_header_bytes(self._layers, key)
         self._undo = ExitStack()
         with self._writing():
             if path is None:
@@ -140,7 +141,7 @@ class MomentsFile:
             self._undo.close()
 
     def append(self, some: Moments) -> None:
-        """Write the tensors of some more layers, one at a time.
+        """Write the tensors of some more layers, in any order, one at a time.
 
         Raises:
             WorkError: the disk is full, or failed.
@@ -155,12 +156,13 @@ class MomentsFile:
         self._table |= some.table
 
     def finish(self) -> Moments:
-        """The moments of all layers, which are read from the file.
+        """The moments of all layers, which are read from the file, in the order in which it was begun.
 
         Raises:
             WorkError: the disk is full, or failed; what was there before is unchanged.
         """
-        content = _content(self._table, self._key)
+        table = {layer: self._table[layer] for layer in self._layers}
+        content = _content(table, self._key)
         header = _header(content, self._entries, _checksum(self._digest, content, self._entries))
         assert len(header) <= self._header_bytes
         with self._writing():
@@ -170,7 +172,7 @@ class MomentsFile:
             if self._path is not None:
                 self._partial.replace(self._path)
         self._undo.pop_all()
-        return Moments(self._table, _StoredTensors(self._file, 8 + self._header_bytes, self._entries), self._key)
+        return Moments(table, _StoredTensors(self._file, 8 + self._header_bytes, self._entries), self._key)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class _LayerReached(Exception):
 class SequentialInputs:
     """Two streams of hidden states, one through the dense blocks and one through those that have taken their place.
 
-    Layers are asked for in the model's order, each after the layers before it were replaced in `model`.
+    Layers are asked for in the model's order, each after the layers before it were replaced in the model. What stands
+    before the blocks, such as the embedding, is replaced before the first layer is asked for, or not at all.
     """
 
     def __init__(
@@ -46,24 +48,28 @@ class SequentialInputs:
         folder: Path,
         messages: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Run what stands before the blocks; raises what `BlockStream` raises."""
+        """Run what stands before the blocks of the dense model; raises what `BlockStream` raises."""
         batches = list(batches)
-        self.model = model
-        self.compressed = BlockStream(model, batches, folder, messages=messages)
-        try:
-            self.dense = BlockStream(model, batches, folder, messages=messages)
-        except BaseException:
-            self.compressed.close()
-            raise
-        self._block = -1
-        self._arrive(0)
+        self.dense = BlockStream(model, batches, folder, messages=messages)
+        # It begins with the embedding as it is when the first layer is asked for.
+        self._compressed: BlockStream | None = None
+        self._begin_compressed = partial(BlockStream, model, batches, folder, messages=messages)
+        self._keep_dense(0)
 
     def __enter__(self) -> SequentialInputs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.compressed.close()
         self.dense.close()
+        if self._compressed is not None:
+            self._compressed.close()
+
+    @property
+    def compressed(self) -> BlockStream:
+        """The stream through what the model is now, which begins when it is first asked for."""
+        if self._compressed is None:
+            self._compressed = self._begin_compressed()
+        return self._compressed
 
     def moments(self, name: str) -> PairedMoments:
         """The paired moments of the layer `name`.
@@ -97,19 +103,21 @@ class SequentialInputs:
         return PairedMoments(**{key: value / num_tokens for key, value in sums.items()}, num_tokens=num_tokens)
 
     def _arrive(self, index: int) -> None:
-        if index > 0:
-            self.compressed.advance(index - 1)
-            self.dense.advance(index - 1)
-            # The copy of the block that was passed is of no more use.
-            self.dense.blocks[index - 1] = self.compressed.blocks[index - 1]
+        self.compressed.advance(index - 1)
+        self.dense.advance(index - 1)
+        # The copy of the block that was passed is of no more use.
+        self.dense.blocks[index - 1] = self.compressed.blocks[index - 1]
+        self._keep_dense(index)
+
+    def _keep_dense(self, index: int) -> None:
         # Layers of this block will be replaced.
-        self.dense.blocks[index] = copy.deepcopy(self.compressed.blocks[index])
+        self.dense.blocks[index] = copy.deepcopy(self.dense.blocks[index])
         self._block = index
 
     def _place(self, name: str) -> tuple[int, str]:
-        prefix = f"{self.compressed.prefix}."
+        prefix = f"{self.dense.prefix}."
         number, _, local = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix) or not number.isdecimal() or int(number) >= self.compressed.num_blocks:
+        if not name.startswith(prefix) or not number.isdecimal() or int(number) >= self.dense.num_blocks:
             raise RequestError(f"{name!r} is in no transformer block: it cannot be fitted sequentially")
         return int(number), local
 

@@ -15,11 +15,18 @@ from torch import Tensor, nn
 
 from kronpress.calibration.batches import Part
 from kronpress.errors import WorkError
+from kronpress.layers import StructuredEmbedding
 from kronpress.matrices.moments import InputMoments
-from kronpress.surgery import weight_shape
+from kronpress.surgery import tied_heads, weight_shape
 
 # Numbers that are computed with in float64 at a time (32 MiB), so that no second large activation stands in memory.
 CHUNK = 2**22
+# Of a symmetric sum the upper triangle is added up, in so many panels of rows: 1/2 + 1/16 of the products.
+_PANELS = 8
+
+
+def is_embedding(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Embedding | StructuredEmbedding)
 
 
 class _Sums:
@@ -36,7 +43,8 @@ class _Sums:
     def add(self, rows: Tensor) -> None:
         for chunk in rows.split(max(1, CHUNK // rows.shape[-1])):
             chunk = chunk.double()
-            self.outer.addmm_(chunk.mT, chunk)
+            for begin, end in self._panels():
+                self.outer[begin:end, begin:].addmm_(chunk[:, begin:end].mT, chunk[:, begin:])
             self.total += chunk.sum(dim=0)
             self.magnitude += chunk.abs().sum(dim=0)
         self.num_rows += len(rows)
@@ -45,8 +53,16 @@ class _Sums:
     def moments(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """The sums over `num_rows`, on the CPU; they are used up."""
         self._check(self.outer)
+        for begin, end in self._panels():
+            self.outer[end:, begin:end] = self.outer[begin:end, end:].mT
         second, mean, magnitude = (each.div_(num_rows).cpu() for each in (self.outer, self.total, self.magnitude))
         return second, mean, magnitude
+
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        width = len(self.total)
+        size = -(-width // _PANELS)
+        for begin in range(0, width, size):
+            yield begin, min(begin + size, width)
 
     def _check(self, sums: Tensor) -> None:
         if not sums.isfinite().all():
@@ -55,9 +71,14 @@ class _Sums:
 
 @dataclass
 class Collector:
-    """Sums of what layers read, and of the gradients by what they answer, filled by hooks as the model runs."""
+    """Sums of what layers read, and of the gradients by what they answer, filled by hooks as the model runs.
+
+    Of an embedding lookups are counted, and what it reads is what the linear layers in `tied[name]` do.
+    """
 
     layers: dict[str, nn.Module]
+    # Of an embedding by its name, the linear layers that multiply by its table, by theirs.
+    tied: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
     part: Part = field(init=False)  # what is being run
     # Of layers that read the same tensor the first is the leader, and the sums are kept under its name.
     leaders: dict[str, str] = field(default_factory=dict)
@@ -65,6 +86,7 @@ class Collector:
     inputs: dict[str, _Sums] = field(default_factory=dict)
     held_out: dict[str, _Sums] = field(default_factory=dict)
     gradients: dict[str, _Sums] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
     # What a leader has read last, and its version. A weak reference, since at the address of a tensor that is gone
     # another one may stand.
     last_read: dict[str, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
@@ -76,12 +98,24 @@ class Collector:
         handles = []
         try:
             for name, layer in self.layers.items():
-                handles.append(layer.register_forward_pre_hook(partial(self._read, name), with_kwargs=True))
+                before = self._look_up if is_embedding(layer) else self._read
+                handles.append(layer.register_forward_pre_hook(partial(before, name), with_kwargs=True))
                 handles.append(layer.register_forward_hook(partial(self._answer, name)))
+            for heads in self.tied.values():
+                for name, head in heads.items():
+                    handles.append(head.register_forward_pre_hook(partial(self._read, name), with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _look_up(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.part.is_held_out:
+            return
+        indices: Tensor = (*args, *kwargs.values())[0]
+        rows = self.part.tokens(indices[..., None]).flatten()
+        counts = torch.bincount(rows, minlength=weight_shape(layer)[0]).double()
+        self.counts[name] = self.counts[name].add_(counts) if name in self.counts else counts
 
     def _read(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = (*args, *kwargs.values())[0]
@@ -123,29 +157,79 @@ class Collector:
         Raises:
             WorkError: a layer read no token, layers shared their input for a while, or a moment is not finite.
         """
-        for name in self.layers:
+        linear = [name for name, layer in self.layers.items() if not is_embedding(layer)]
+        for name in linear:
             sums = self.inputs.get(self.leaders.get(name, name))
             if sums is None or sums.num_rows == 0:
-                raise WorkError(f"targeted layer {name!r} was never called on a calibration token")
+                raise _never_called(name)
             if self.num_calls[name] != self.num_calls[self.leaders[name]]:
                 raise self._separated(name)
         num_tokens = {name: sums.num_rows for name, sums in self.inputs.items()}
-        moments = {name: sums.moments(sums.num_rows) for name, sums in self.inputs.items()}
+        moments = {name: sums.moments(sums.num_rows) for name, sums in self.inputs.items() if sums.num_rows}
         held_out = {name: sums.moments(sums.num_rows)[0] for name, sums in self.held_out.items() if sums.num_rows}
         result = {}
         for name in self.layers:
-            leader = self.leaders[name]
-            gradient = self._gradient(name, num_tokens[leader]) if with_gradient else None
-            second, mean, magnitude = moments[leader]
-            result[name] = InputMoments(second, mean, num_tokens[leader], gradient, held_out.get(leader), magnitude)
+            if name in linear:
+                leader = self.leaders[name]
+                gradient = self._gradient(name, num_tokens[leader]) if with_gradient else None
+                second, mean, magnitude = moments[leader]
+                result[name] = InputMoments(second, mean, num_tokens[leader], gradient, held_out.get(leader), magnitude)
+            else:
+                result[name] = self._of_embedding(name, with_gradient, moments, held_out)
         return result
+
+    def _of_embedding(
+        self,
+        name: str,
+        with_gradient: bool,
+        moments: dict[str, tuple[Tensor, Tensor, Tensor]],
+        held_out: dict[str, Tensor],
+    ) -> InputMoments:
+        """The moments of an embedding from those of the layers tied to it, which all read as many tokens."""
+        if name not in self.counts or not self.counts[name].any():
+            raise _never_called(name)
+        num_tokens = int(self.counts[name].sum())
+        gradient = self._gradient(name, num_tokens) if with_gradient else None
+        leaders = [self.leaders[head] for head in self.tied.get(name, {}) if self.leaders.get(head) in moments]
+        # Without such a layer they are zero.
+        width = self._width(name)
+        sizes = ((width, width), (width,), (width,))
+        second, mean, magnitude = (torch.zeros(size, dtype=torch.float64) for size in sizes)
+        for leader in leaders:
+            for sums, of_head in zip((second, mean, magnitude), moments[leader], strict=True):
+                sums += of_head / len(leaders)
+        apart = [held_out[leader] for leader in leaders if leader in held_out]
+        return InputMoments(
+            second,
+            mean,
+            num_tokens,
+            gradient,
+            torch.stack(apart).mean(0) if apart else None,
+            magnitude,
+            self.counts[name].cpu(),
+        )
 
     def _gradient(self, name: str, num_tokens: int) -> Tensor:
         if name in self.gradients:
             return self.gradients[name].moments(num_tokens)[0]
         # The loss does not depend on this layer.
-        out_features, _ = weight_shape(self.layers[name])
-        return torch.zeros(out_features, out_features, dtype=torch.float64)
+        return torch.zeros(self._width(name), self._width(name), dtype=torch.float64)
+
+    def _width(self, name: str) -> int:
+        """How many features the layer's output has."""
+        rows, columns = weight_shape(self.layers[name])
+        return columns if is_embedding(self.layers[name]) else rows
+
+
+def _never_called(name: str) -> WorkError:
+    return WorkError(f"targeted layer {name!r} was never called on a calibration token")
+
+
+def collector_of(model: nn.Module, names: list[str]) -> Collector:
+    """The collector of the layers and embeddings of these names, with the linear layers tied to an embedding."""
+    layers = {name: model.get_submodule(name) for name in names}
+    heads = {name: tied_heads(model, name) for name, layer in layers.items() if is_embedding(layer)}
+    return Collector(layers, {name: {head: model.get_submodule(head) for head in heads[name]} for name in heads})
 
 
 @contextmanager

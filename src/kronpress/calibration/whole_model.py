@@ -1,4 +1,4 @@
-"""`calibrate`: the moments of all targeted layers of a model, in as many passes over the data as memory asks for.
+"""`calibrate`: the moments of all targeted layers of a model, of as many at a time as memory allows.
 
 Letters: x (in_features,) is a layer's input for one token, g (out_features,) the loss's gradient by its output.
 """
@@ -6,21 +6,33 @@ Letters: x (in_features,) is a layer's input for one token, g (out_features,) th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kronpress.calibration.batches import Batch, Part, checked_batches, count_sequences, divide, select, to_device
+from kronpress.calibration.batches import (
+    Batch,
+    Part,
+    checked_batches,
+    count_sequences,
+    count_tokens,
+    divide,
+    select,
+    to_device,
+)
+from kronpress.calibration.block_by_block import by_block, measured_block_by_block
+from kronpress.calibration.block_stream import block_prefix, state_bytes
 from kronpress.calibration.moments import FORMAT, Moments, MomentsFile, check_room, load_moments, sha256
-from kronpress.calibration.sums import CHUNK, Collector, as_for_use
+from kronpress.calibration.sensitivity import logits_of, loss_gradient, measures_gradients
+from kronpress.calibration.sums import as_for_use, collector_of, is_embedding
 from kronpress.errors import RequestError
 from kronpress.matrices.moments import InputMoments
 from kronpress.planning import find_targets
 from kronpress.recipe import Recipe
-from kronpress.surgery import linear_layers
 
 # Memory for sums (0.75 GiB): half of what calibrating may take beside the model; activations take the rest.
 MAX_BYTES = 3 * 2**28
@@ -41,17 +53,23 @@ def calibrate(
 
     Of n sequences, ⌊n · calibration.held_out⌋ spread evenly are kept apart and give `held_out` alone. Tokens that an
     `attention_mask` (batch, length) hides are left out wherever a layer reads (batch, length, ...) or the same
-    flattened to (batch · length, ...).
+    flattened to (batch · length, ...). Targeted embeddings are measured too, with the layers tied to them, and layers
+    that are structured already as dense ones are.
 
     With `calibration.sensitivity`, `gradient` is the output side of the Fisher information: for every token a label is
     drawn from the model's own prediction, and g is the gradient of the summed cross-entropy. One generator, seeded by
     `recipe.seed`, draws one number for each token in the order of the sequences, so that the labels do not depend on
     how these are divided into batches, nor on padding. A model whose output has no `logits` of shape (batch, length,
-    classes) has no `gradient`.
+    classes) has no `gradient`, and a recipe has none whose `weighting.metric`, `input` or `magnitude`, does not look at
+    it.
 
-    Where the sums of all layers take more than `max_bytes`, some layers after others are measured, each time with the
-    same labels in a pass of its own over all batches. Every pass ends on disk, and a layer's moments are read from
-    there when they are asked for. On the CPU they are the same to the last bit however the layers are divided.
+    A model of a known family is run block by block. What each block reads is kept in a nameless file, the logits are
+    differentiated, and from the last block to the first each is run again and differentiated by itself, so that no
+    graph is larger than that of one block; without gradients the blocks are run once. Where the sums of a block's
+    layers take more than `max_bytes`, the block is run again for each group of them that does not. Any other model is
+    run as a whole, on all batches for each such group of all its layers, with the same labels. Where all moments take
+    more than `max_bytes`, those of each group end on disk, and a layer's are read from there when they are asked for.
+    On the CPU they are the same to the last bit however the layers are divided into groups.
 
     The model is left as it was found: weights, gradients, `requires_grad` and modes.
 
@@ -59,9 +77,10 @@ def calibrate(
         batches: token ids (batch, length), or keyword arguments of the model's forward, whose tensors have the
             sequences of the batch in their first dimension. All are held in memory.
         cache: a folder in which moments are looked for by their key, and kept when they were not there. Without it
-            what goes to disk goes to a nameless file in the system's temporary folder, as long as it is in use.
-        max_bytes: for the sums of one pass; a pass measures at least one layer.
-        messages: told the memory, passes and disk space needed, and when there are too few tokens.
+            what goes to disk goes to nameless files in the system's temporary folder, moments as long as they are in
+            use.
+        max_bytes: for the sums at one time; those of one layer are always allowed.
+        messages: told the memory and disk space needed, and when there are too few tokens.
 
     Raises:
         RequestError: the recipe's targets do not fit the model, or the batches are none, empty or of a wrong kind.
@@ -69,39 +88,54 @@ def calibrate(
     """
     if max_bytes <= 0:
         raise RequestError(f"max_bytes {max_bytes}: the sums need a positive number of bytes")
-    targets = find_targets(model, linear_layers(model), recipe)
+    targets = find_targets(model, recipe)
     sequences = checked_batches(model, batches)
     key = _key(model, recipe, sequences)
     path = None if cache is None else cache / f"{key}.safetensors"
-
-    def size(names: Iterable[str]) -> int:
-        shapes = [targets[name] for name in names]
-        return num_bytes(shapes, recipe.calibration.sensitivity, recipe.calibration.held_out > 0)
-
-    def measured(names: list[str]) -> Moments:
-        return Moments.of(_measure(model, names, sequences, recipe), key)
-
-    groups = grouped(targets, lambda name: size([name]), max_bytes)
     if path is not None and path.is_file():
         messages(f"the calibration is read from {str(path)!r}")
         moments = load_moments(path, key)
-    elif len(groups) == 1:
-        messages(f"calibrating {len(targets)} layers: their moments take at most {size(targets) / 1e6:,.1f} MB")
-        moments = measured(groups[0])
-        if path is not None:
-            moments.save(path)
+        _tell_shortage(moments, targets, messages)
+        return moments
+
+    def size(names: Iterable[str]) -> int:
+        return sum(_layer_bytes(model.get_submodule(name), targets[name], recipe) for name in names)
+
+    def group(names: Iterable[str]) -> list[list[str]]:
+        return grouped(names, lambda name: size([name]), max_bytes)
+
+    folder = Path(tempfile.gettempdir()) if cache is None else cache
+    on_disk = {} if len(group(targets)) == 1 else {"moments": size(targets)}
+    prefix = block_prefix(model)
+    if prefix is None:
+        groups = group(targets)
+        way = "in one pass" if len(groups) == 1 else f"in {len(groups)} passes"
+        some_by_some = _measured_in_passes(model, groups, recipe, sequences)
     else:
-        folder = Path(tempfile.gettempdir()) if cache is None else cache
-        messages(
-            f"calibrating {len(targets)} layers in {len(groups)} passes: the sums of one take at most "
-            f"{max(map(size, groups)) / 1e6:,.1f} MB of memory, and all moments {size(targets) / 1e6:,.1f} MB of disk "
-            f"in {str(folder)!r}"
-        )
-        with MomentsFile(path, targets, key) as file:
-            check_room("the moments", size(targets), folder)
-            for names in groups:
-                file.append(measured(names))
-            moments = file.finish()
+        in_blocks = by_block(targets, prefix, group)
+        groups = [names for each in in_blocks.values() for names in each]
+        way = "block by block"
+        num_tokens = sum(map(count_tokens, sequences))
+        on_disk["hidden states"] = state_bytes(model, num_tokens, keeps_all=measures_gradients(recipe))
+        some_by_some = measured_block_by_block(model, in_blocks, recipe, sequences, folder)
+
+    most = max(map(size, groups)) if "moments" in on_disk else size(targets)
+    told = [f"the sums take at most {most / 1e6:,.1f} MB of memory"]
+    told += [f"the {what} {needed / 1e6:,.1f} MB of disk in {str(folder)!r}" for what, needed in on_disk.items()]
+    messages(f"calibrating {len(targets)} layers {way}: {', '.join(told)}")
+    with closing(some_by_some):  # with its files, if anything fails
+        if "moments" in on_disk:
+            with MomentsFile(path, targets, key) as file:
+                check_room(f"the {' and '.join(on_disk)}", sum(on_disk.values()), folder)
+                for some in some_by_some:
+                    file.append(Moments.of(some, key))
+                    del some  # before the next sums begin
+                moments = file.finish()
+        else:
+            found = {name: each for some in some_by_some for name, each in some.items()}
+            moments = Moments.of({name: found[name] for name in targets}, key)
+            if path is not None:
+                moments.save(path)
     _tell_shortage(moments, targets, messages)
     return moments
 
@@ -144,9 +178,8 @@ def moments_key(model: nn.Module, recipe: Recipe, batches: Iterable[Batch]) -> s
 
 def _key(model: nn.Module, recipe: Recipe, batches: list[dict[str, Any]]) -> str:
     def looked_at() -> Iterator[tuple[str, Any]]:
-        settings = recipe.calibration
-        yield "settings", (FORMAT, settings.sensitivity, settings.held_out, recipe.seed)
-        yield "targets", list(find_targets(model, linear_layers(model), recipe))
+        yield "settings", (FORMAT, measures_gradients(recipe), recipe.calibration.held_out, recipe.seed)
+        yield "targets", list(find_targets(model, recipe))
         yield "modules", repr(model)
         if hasattr(model, "config"):
             for name, value in sorted(model.config.to_dict().items()):  # type: ignore[operator, union-attr]
@@ -176,43 +209,38 @@ def num_bytes(shapes: Iterable[tuple[int, int]], sensitivity: bool, held_out: bo
     return numbers * torch.float64.itemsize
 
 
-def _measure(
-    model: nn.Module, names: list[str], batches: list[dict[str, Any]], recipe: Recipe
-) -> dict[str, InputMoments]:
+def _layer_bytes(layer: nn.Module, shape: tuple[int, int], recipe: Recipe) -> int:
+    rows, columns = shape
+    wanted = measures_gradients(recipe), recipe.calibration.held_out > 0
+    if is_embedding(layer):
+        return num_bytes([(columns, columns)], *wanted) + rows * torch.float64.itemsize
+    return num_bytes([shape], *wanted)
+
+
+def _measured_in_passes(
+    model: nn.Module, groups: list[list[str]], recipe: Recipe, batches: list[dict[str, Any]]
+) -> Generator[dict[str, InputMoments]]:
+    """The moments of each group of layers, for which the whole model is run on all batches."""
+    parts = divide(batches, recipe.calibration.held_out)
+    for names in groups:
+        yield _measured_in_pass(model, names, recipe, parts)
+
+
+def _measured_in_pass(model: nn.Module, names: list[str], recipe: Recipe, parts: list[Part]) -> dict[str, InputMoments]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(recipe.seed)
-    sensitivity = recipe.calibration.sensitivity
-    collector = Collector({name: model.get_submodule(name) for name in names})
+    has_gradient = measures_gradients(recipe)
+    collector = collector_of(model, names)
     with as_for_use(model), collector.hooked():
-        for part in divide(batches, recipe.calibration.held_out):
+        for part in parts:
             collector.part = part
-            with torch.set_grad_enabled(sensitivity and not part.is_held_out):
-                logits = getattr(model(**to_device(part.arguments, device)), "logits", None)
-            if sensitivity and not part.is_held_out:
-                if not isinstance(logits, Tensor) or logits.ndim != 3:
-                    sensitivity = False
-                elif logits.requires_grad:
-                    by_logits = _loss_gradient(logits.detach(), part, generator)
-                    torch.autograd.grad(logits, collector.leaves, by_logits, allow_unused=True)
+            is_differentiated = has_gradient and not part.is_held_out
+            with torch.set_grad_enabled(is_differentiated):
+                logits = logits_of(model(**to_device(part.arguments, device)))
+            if is_differentiated and logits is None:
+                has_gradient = False
+            elif is_differentiated and logits is not None and logits.requires_grad:
+                by_logits = loss_gradient(logits.detach(), part, generator)
+                torch.autograd.grad(logits, collector.leaves, by_logits, allow_unused=True)
             collector.leaves.clear()
-    return collector.moments(sensitivity)
-
-
-def _loss_gradient(logits: Tensor, part: Part, generator: torch.Generator) -> Tensor:
-    """The gradient by logits (batch, length, classes) of Σ −log p(label), where p = softmax(logits) draws the labels.
-
-    It is p − onehot(label), and 0 at tokens that the mask hides. A label is the first class up to which p adds up to
-    u, uniform in (0, 1].
-    """
-    gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    rows, gradient_rows = logits.flatten(0, 1), gradient.view(-1, logits.shape[-1])
-    tokens = part.tokens(torch.arange(len(rows), device=logits.device).view(*logits.shape[:2], 1)).flatten()
-    uniform = 1 - torch.rand(len(tokens), 1, dtype=torch.float64, generator=generator).to(logits.device)
-    size = max(1, CHUNK // logits.shape[-1])
-    for chunk, u in zip(tokens.split(size), uniform.split(size), strict=True):
-        p = rows[chunk].double().softmax(dim=-1)
-        cumulative = p.cumsum(dim=-1)
-        # Times the sum of all, which rounding may leave below 1.
-        labels = torch.searchsorted(cumulative, u * cumulative[:, -1:])
-        gradient_rows[chunk] = p.scatter_add(1, labels, -torch.ones_like(u)).to(logits.dtype)
-    return gradient
+    return collector.moments(has_gradient)
