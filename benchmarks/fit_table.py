@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,7 +35,7 @@ import fit_page
 import torch
 import typer
 from pocket_table import RATES, SIZES, STEPS, VALIDATION_CHARACTERS
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 import kronpress as kp
@@ -106,11 +106,13 @@ class Job:
     characters: int | None = None
     steps: int = 0
     distil: bool = False
+    rates: tuple[float, ...] = RATES
+    script: str = "fit_table.py"
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that a row's figures depend on; of paths the names, which say enough."""
-        healing = {"steps": self.steps, "rates": list(RATES), "distil": self.distil}
+        healing = {"steps": self.steps, "rates": list(self.rates), "distil": self.distil}
         return {
             "command": self.command,
             "model": Path(self.model).name,
@@ -124,7 +126,7 @@ class Job:
     @property
     def command_line(self) -> str:
         """What was typed, with names in place of paths."""
-        words = ["python benchmarks/fit_table.py", self.command, "--work DIR"]
+        words = [f"python benchmarks/{self.script}", self.command, "--work DIR"]
         words += [f"--model {Path(self.model).name}"] if self.model != "pocket" else []
         words += [f"--text {self.text.name}"] if self.text is not None else []
         words += [f"--set {change}" for change in self.changes]
@@ -248,21 +250,12 @@ def measure(row: Row, job: Job) -> Row:
         result = {**row}
     else:
         recipe = recipe_of(row, job)
-        data, calibration_seconds = calibrated(recipe, loaded, job.work / "moments")
         torch.manual_seed(recipe.seed)
-        started = time.perf_counter()
         try:
-            plan = kp.make_plan(loaded.model, recipe, data.moments)
+            plan, seconds = compressed_(loaded, recipe, job.work / "moments")
         except kp.RequestError as error:
             return {**row, "error": str(error)}
-        planned = time.perf_counter()
-        compress_loaded_(loaded, plan, data)
-        result = {
-            **row,
-            "calibration_seconds": calibration_seconds,
-            "planning_seconds": planned - started,
-            "fitting_seconds": time.perf_counter() - planned,
-        }
+        result = {**row, **seconds}
         _round_to_(loaded.model, loaded.dtype)
         start = Contender(row["name"], loaded.model, plan.num_params, plan.bytes, plan.flops_per_token)
     result |= {"num_params": start.num_params, "bytes": start.bytes, "flops_per_token": start.flops_per_token}
@@ -281,15 +274,18 @@ def measure(row: Row, job: Job) -> Row:
     validation = kp.load_running_text("bundled", "validation").text[: job.characters][:VALIDATION_CHARACTERS]
 
     def healed(rate: float, steps: int) -> nn.Module:
+        schedule = healing.model_copy(update={"learning_rate": rate, "max_steps": steps, "warmup_steps": steps // 10})
+        stages = [] if "rival" in row or row.get("is_healed_at_the_end") else recipe_of(row, job).stages
+        if stages:
+            return _healed_in_stages(row, job, teacher, tokens, schedule)
         model = copy.deepcopy(start.model)
-        changes = {"learning_rate": rate, "max_steps": steps, "warmup_steps": steps // 10}
-        kp.heal_(model, teacher.model, tokens, healing.model_copy(update=changes))
+        kp.heal_(model, teacher.model, tokens, schedule)
         _round_to_(model, loaded.dtype)
         return model
 
     trial_steps = -(-job.steps // 5)
     trials = {
-        rate: kp.evaluate(healed(rate, trial_steps), loaded.tokenizer, validation).nll_mean_nats for rate in RATES
+        rate: kp.evaluate(healed(rate, trial_steps), loaded.tokenizer, validation).nll_mean_nats for rate in job.rates
     }
     best = min(trials, key=lambda rate: trials[rate])
     return {
@@ -301,8 +297,52 @@ def measure(row: Row, job: Job) -> Row:
     }
 
 
+def compressed_(loaded: LoadedModel, recipe: kp.Recipe, folder: Path) -> tuple[kp.Plan, dict[str, float]]:
+    """Compress in place by all stages of the recipe, without healing; the last plan, and the seconds of each step."""
+    plan = None
+    seconds = dict.fromkeys(("calibration_seconds", "planning_seconds", "fitting_seconds"), 0.0)
+    for part in recipe.parts:
+        data, calibration_seconds = calibrated(part, loaded, folder)
+        started = time.perf_counter()
+        plan = kp.make_plan(loaded.model, part, data.moments, before=plan)
+        planned = time.perf_counter()
+        compress_loaded_(loaded, plan, data)
+        seconds["calibration_seconds"] += calibration_seconds
+        seconds["planning_seconds"] += planned - started
+        seconds["fitting_seconds"] += time.perf_counter() - planned
+    assert plan is not None
+    return plan, seconds
+
+
+def _healed_in_stages(row: Row, job: Job, dense: LoadedModel, tokens: Tensor, schedule: Healing) -> nn.Module:
+    """Compressed and healed stage by stage, each with its share of the steps, on tokens that follow one another."""
+    recipe = recipe_of(row, job)
+    student = replace(dense, model=copy.deepcopy(dense.model))
+    plan, steps_done, share_done = None, 0, 0.0
+    for part, stage in zip(recipe.parts, recipe.stages, strict=True):
+        data, _ = calibrated(part, student, job.work / "moments")
+        plan = kp.make_plan(student.model, part, data.moments, before=plan)
+        compress_loaded_(student, plan, data)
+        _round_to_(student.model, dense.dtype)
+        share_done += stage["share"]
+        steps = round((schedule.max_steps or 0) * share_done) - steps_done
+        part_of_it = schedule.model_copy(update={"max_steps": steps, "warmup_steps": steps // 10})
+        kp.heal_(student.model, dense.model, tokens[steps_done * schedule.tokens_per_step :], part_of_it)
+        _round_to_(student.model, dense.dtype)
+        steps_done += steps
+    return student.model
+
+
 def _healing(row: Row, job: Job) -> Healing:
-    """One schedule for all rows. The dense model cannot be distilled into itself: it is trained on the text."""
+    """One schedule for all rows. The dense model cannot be distilled into itself: it is trained on the text.
+
+    A row that says so keeps its recipe's own objective.
+    """
+    if row.get("has_own_objective"):
+        own = recipe_of(row, job).healing
+        names = ("language_model_weight", "distillation_weight", "temperature", *own.teacher_weights)
+        objective = [f"healing.{name}={getattr(own, name)}" for name in dict.fromkeys(names)]
+        return kp.load_recipe("krony-96m", [*objective, *job.changes], "pocket").healing
     distil = job.distil and row.get("rival") != "dense"
     weights = [f"healing.language_model_weight={1 - distil}", f"healing.distillation_weight={int(distil)}"]
     return kp.load_recipe("krony-96m", [*weights, *job.changes], "pocket").healing
@@ -336,7 +376,7 @@ def _file_of(row: Row, job: Job) -> Path:
 
 
 def _calibrate_row(row: Row, job: Job) -> None:
-    calibrated(recipe_of(row, job), kp.load_model(job.model), job.work / "moments")
+    calibrated(recipe_of(row, job).parts[0], kp.load_model(job.model), job.work / "moments")
 
 
 def _measure_row(row: Row, job: Job) -> None:

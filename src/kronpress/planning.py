@@ -362,7 +362,7 @@ def _allocated(
         raise RequestError("a measured allocation needs moments of every targeted layer: calibrate the model first")
     if any(layers[name].weight.is_meta for name in targets):  # type: ignore[union-attr]
         raise RequestError("a measured allocation needs the model's weights, not its configuration alone")
-    names = [recipe.structure] if recipe.structure != AUTO else recipe.candidates
+    names = _candidate_structures(recipe)
 
     def problem(name: str) -> tuple[Tensor, Metric]:
         # Made anew each time: all metrics together may be larger than the model.
@@ -502,20 +502,28 @@ def target_params(budget: Budget, num_params_dense: int, rest: int, targets_dens
 
 
 def _least_budget(targets: dict[str, tuple[int, int]], recipe: Recipe, targets_dense: int) -> int:
-    """The fewest parameters of all targeted layers together that give each of them a share it can be built with."""
+    """The fewest parameters of all targeted layers together that give each of them what it can be built with."""
     if recipe.has_fixed_sizes:
         return sum(_plan_layer(name, shape, recipe, None, targets_dense).num_params for name, shape in targets.items())
-    return max(-(-_smallest(shape, recipe) * targets_dense // prod(shape)) for shape in set(targets.values()))
+    if recipe.allocation == "measured":
+        names = _candidate_structures(recipe)
+        return sum(min(_smallest(shape, name, recipe.spec) for name in names) for shape in targets.values())
+    smallest = {shape: _smallest(shape, recipe.structure, recipe.spec) for shape in set(targets.values())}
+    return max(-(-least * targets_dense // prod(shape)) for shape, least in smallest.items())
 
 
-def _smallest(shape: tuple[int, int], recipe: Recipe) -> int:
-    """How many parameters the recipe's structure needs at least for a matrix of this shape."""
+def _candidate_structures(recipe: Recipe) -> list[str]:
+    return recipe.candidates if recipe.structure == AUTO else [recipe.structure]
+
+
+def _smallest(shape: tuple[int, int], structure: str, fixed: dict[str, Any]) -> int:
+    """How many parameters the structure needs at least for a matrix of this shape."""
 
     def possible(max_params: int) -> bool:
-        return bool(STRUCTURES[recipe.structure].candidate_specs(*shape, max_params, **recipe.spec))
+        return bool(STRUCTURES[structure].candidate_specs(*shape, max_params, **fixed))
 
     if not possible(prod(shape)):
-        raise RequestError(f"no {recipe.structure} of this shape has fewer parameters than the dense matrix")
+        raise RequestError(f"no {structure} of this shape has fewer parameters than the dense matrix")
     return bisect_left(range(prod(shape)), 1, key=possible)
 
 
@@ -533,7 +541,7 @@ def _plan_layer(
     try:
         specs = structure.candidate_specs(out_features, in_features, max_params, **recipe.spec)
         if not specs:
-            least = _smallest(shape, recipe)
+            least = _smallest(shape, recipe.structure, recipe.spec)
             raise _BudgetTooSmall(
                 f"the budget leaves {max_params} parameters, the smallest {recipe.structure} has {least}"
             )
