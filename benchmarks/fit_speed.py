@@ -32,6 +32,8 @@ from kronpress.calibration import calibrate
 
 RECIPES = ("krony-67m", "krony-80m-2", "krony-81m", "krony-92m-4", "krony-96m", "low-rank", "svd-llm", "auto")
 
+STEPS = ("calibration", "plan", "fit")
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -76,6 +78,21 @@ def measure(name: str, config_file: Path | None, changes: list[str], windows: in
         "messages": messages,
         "layers": {structure: structures.count(structure) for structure in sorted(set(structures))},
     }
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Markdown: seconds of each step by the clock, and of the processor, and the peak beyond the model alone."""
+    lines = [
+        "| recipe | calibration, s | plan, s | fit, s | processor, s | peak beyond the model, GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        wall = [row.get(f"{step}_seconds", 0.0) for step in STEPS]
+        processor = sum(row.get(f"{step}_processor_seconds", 0.0) for step in STEPS)
+        peak = max(row[f"{step}_peak"] for step in STEPS if f"{step}_peak" in row) - row["peak_of_model_alone"]
+        cells = " | ".join(f"{seconds:.1f}" for seconds in (*wall, processor))
+        lines.append(f"| `{row['recipe']}` | {cells} | {peak / 1e9:.2f} |")
+    return lines
 
 
 @app.command()

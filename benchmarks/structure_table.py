@@ -67,7 +67,7 @@ def _row(size: str, method: str, recipe: str, changes: list[str], **more: Any) -
 
 
 def rows_of_published() -> list[Row]:
-    """At each published layout's count the layout itself, as it is and with each of its parts left out, and the rivals."""
+    """At each published layout's count the layout itself, as it is and with its parts left out, and its rivals."""
     rows: list[Row] = []
     tied = ["head=tied"]
     plain = without_permutations("tqcompressor")

@@ -81,7 +81,7 @@ class Calibration(_Section):
     data: str | list[str] = Field("openwebtext", description="built-in set, Hub data set id, or local files")
     windows: PositiveInt = Field(128, description="sequences that are read, chosen by the seed; all if there are fewer")
     sequence_length: PositiveInt = Field(1024, description="tokens in one sequence")
-    sensitivity: bool = Field(True, description="also measure the loss's gradients, where the metric is `loss`: a backward pass")
+    sensitivity: bool = Field(True, description="measure the gradients that the metric `loss` needs: a backward pass")
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.125, description="fraction of the windows that is kept apart, to choose the fit's shrinkage by"
     )

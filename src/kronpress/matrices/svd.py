@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.linalg.blas import dsyrk
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def balanced_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rows < columns:
         right, left = balanced_svd(matrix.mT, rank)
         return left.mT, right.mT
-    v = leading_eigenvectors(matrix.mT @ matrix, rank)  # (columns, rank)
+    v = leading_eigenvectors(gram(matrix), rank)  # (columns, rank)
     scaled_u = matrix @ v  # U S
     root = torch.linalg.vector_norm(scaled_u, dim=0).sqrt()  # S^½
     return scaled_u / root.clamp(min=torch.finfo(matrix.dtype).tiny), root[:, None] * v.mT
@@ -34,6 +35,14 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     left_sizes, right_sizes = (torch.linalg.vector_norm(each.flatten(1), dim=1) for each in (left, right))
     ratio = torch.where((left_sizes > 0) & (right_sizes > 0), right_sizes / left_sizes, 1.0).sqrt()
     return left * ratio.view(-1, *[1] * (left.ndim - 1)), right / ratio.view(-1, *[1] * (right.ndim - 1))
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """Mᵀ M (columns, columns); where BLAS has a routine for it, at half the work of a product."""
+    if matrix.dtype != torch.float64 or matrix.device.type != "cpu":
+        return matrix.mT @ matrix
+    upper = torch.from_numpy(dsyrk(1.0, matrix.detach().contiguous().numpy().T))
+    return upper + upper.triu(1).mT
 
 
 def ridged_cholesky(matrix: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
