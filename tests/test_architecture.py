@@ -23,6 +23,7 @@ ORDER = (
     "rotation",
     "allocation",
     "candidates",
+    "plan",
     "planning",
     "spectrum",
     "rivals",

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import kronpress as kp
 from kronpress import pipeline
 from kronpress.pipeline import Messages, run
-from kronpress.planning import Plan
+from kronpress.plan import Plan
 from kronpress.recipe import dump_recipe
 
 JobFactory = Callable[..., kp.Recipe]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import kronpress as kp
 from kronpress.pipeline import Messages, run
-from kronpress.planning import Plan
+from kronpress.plan import Plan
 
 STAGES: list[dict[str, Any]] = [
     {"share": 0.25, "targets": "embedding", "spec": {"right_shape": [1, 2], "num_terms": 1}},

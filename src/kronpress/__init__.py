@@ -11,7 +11,8 @@ from kronpress.errors import RequestError, WorkError
 from kronpress.evaluation import EvaluationResult, evaluate
 from kronpress.healing import HealingLog, heal_
 from kronpress.layers import StructuredEmbedding, StructuredLinear
-from kronpress.planning import LayerPlan, Plan, make_plan
+from kronpress.plan import LayerPlan, Plan
+from kronpress.planning import make_plan
 from kronpress.recipe import Recipe, load_recipe
 from kronpress.tokens import load_running_text, load_train_tokens
 from kronpress.version import __version__

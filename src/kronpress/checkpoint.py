@@ -44,7 +44,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kronpress.errors import RequestError, WorkError
 from kronpress.families import GEOMETRIES
 from kronpress.matrices import StructuredMatrix
-from kronpress.planning import Plan
+from kronpress.plan import Plan
 from kronpress.recipe import POCKET
 from kronpress.surgery import replace_by_matrix_, replaceable_layers, structured_layers, to_dense_
 

@@ -23,7 +23,7 @@ from kronpress.folding import fold_, free_dimensions, permuted_moments, search_o
 from kronpress.matrices.kronecker import KroneckerSpec
 from kronpress.matrices.metric import Metric, as_metric
 from kronpress.matrices.moments import InputMoments
-from kronpress.planning import LayerPlan, Plan
+from kronpress.plan import LayerPlan, Plan
 from kronpress.recipe import Weighting
 from kronpress.rotation import rotated_
 from kronpress.surgery import (

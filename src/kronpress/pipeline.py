@@ -31,7 +31,8 @@ from kronpress.compression import LayerReport, compress_
 from kronpress.errors import RequestError, unknown_name
 from kronpress.evaluation import evaluate, longest_context
 from kronpress.healing import HealingLog, HealingRow, checkpoint_step, heal_, newest_checkpoint
-from kronpress.planning import Plan, make_plan, plan_stages
+from kronpress.plan import Plan
+from kronpress.planning import make_plan, plan_stages
 from kronpress.recipe import Budget, Healing, Recipe, dump_recipe, load_recipe, recipe_names
 from kronpress.rivals import RIVALS, Contender, dense_contender
 from kronpress.tokens import RunningText, load_running_text, load_train_tokens

@@ -1,7 +1,6 @@
-"""The plan: which module becomes which structure of which sizes, and what that does to size and FLOPs.
+"""From a recipe to a plan: which modules are targeted, what the budget leaves them, and what each of them becomes.
 
-`make_plan` looks at shapes alone. A plan is a frozen value that goes through JSON unchanged: the planner's
-output, what `compress_` carries out, and what a checkpoint stores so that it can be loaded.
+By shapes alone, or, for a measured allocation, by the weights and by moments of the layers' inputs.
 """
 
 from __future__ import annotations
@@ -10,23 +9,24 @@ import copy
 import re
 from bisect import bisect_left
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kronpress.candidates import DENSE, FITTED, choose, screen
-from kronpress.errors import RequestError, unknown_name
+from kronpress.errors import RequestError
 from kronpress.families import FAMILIES, target_patterns
+from kronpress.folding import fold_, free_dimensions, permuted_moments, search_orders
 from kronpress.layers import StructuredEmbedding, StructuredLayer, StructuredLinear
-from kronpress.matrices import STRUCTURES, StructuredMatrix
+from kronpress.matrices import STRUCTURES
 from kronpress.matrices.metric import Metric
 from kronpress.matrices.moments import InputMoments
-from kronpress.recipe import AUTO, Budget, Recipe, Weighting
+from kronpress.plan import AllocationReport, CandidateReport, LayerPlan, Plan, count_flops
+from kronpress.recipe import AUTO, Budget, Recipe
 from kronpress.surgery import (
     dense_weight,
     linear_layers,
@@ -39,145 +39,8 @@ from kronpress.surgery import (
 )
 from kronpress.weighting import layer_metric
 
-
-class LayerPlan(BaseModel):
-    """What one linear layer, or an embedding's table (num_embeddings, embedding_dim), becomes.
-
-    `heads` are the linear layers tied to the embedding, which multiply by the same matrix.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    structure: str
-    out_features: int
-    in_features: int
-    spec: Any
-    options: Any = {}
-    is_embedding: bool = False
-    heads: list[str] = []
-    # What a measured allocation expects this matrix alone to cost, ½ tr(G ΔW C ΔWᵀ); None if it was not measured.
-    predicted_rise: float | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_structure(cls, fields: Any) -> Any:
-        if not {"structure", "spec"} <= set(fields):
-            return fields  # refused as incomplete
-        if fields["structure"] not in STRUCTURES:
-            raise unknown_name("structure", fields["structure"], STRUCTURES)
-        matrix_class = STRUCTURES[fields["structure"]]
-        return {
-            **fields,
-            "spec": matrix_class.Spec.model_validate(fields["spec"]),
-            "options": matrix_class.Options.model_validate(fields.get("options", {})),
-        }
-
-    @model_validator(mode="after")
-    def _spec_fits(self) -> LayerPlan:
-        self.matrix_class.factor_shapes(self.out_features, self.in_features, self.spec)
-        self.matrix_class.check_options(self.spec, self.options)
-        return self
-
-    @property
-    def matrix_class(self) -> type[StructuredMatrix]:
-        return STRUCTURES[self.structure]
-
-    @property
-    def num_params(self) -> int:
-        return self.matrix_class.count_params(self.out_features, self.in_features, self.spec)
-
-    @property
-    def num_params_dense(self) -> int:
-        return self.out_features * self.in_features
-
-    @property
-    def num_indices(self) -> int:
-        """Integers of permutations, which are stored with every place that holds the matrix."""
-        sizes = self.matrix_class.order_sizes(self.out_features, self.in_features, self.spec)
-        return (1 + len(self.heads)) * sum(sizes.values())
-
-    @property
-    def flops_per_token(self) -> int:
-        """Those of all places that multiply by the matrix; looking up a row is none."""
-        num_products = len(self.heads) + (0 if self.is_embedding else 1)
-        return num_products * _count_flops(self.structure, self.out_features, self.in_features, self.spec)
-
-    def empty_matrix(self, dtype: torch.dtype) -> StructuredMatrix:
-        """The matrix on the meta device."""
-        return self.matrix_class(self.out_features, self.in_features, self.spec, dtype, "meta", self.options)
-
-
-class CandidateReport(BaseModel):
-    """One row of the table that a measured allocation chose from."""
-
-    model_config = ConfigDict(frozen=True)
-
-    structure: str
-    spec: Any
-    num_params: int
-    predicted_rise: float
-    is_exact: bool
-
-
-class AllocationReport(BaseModel):
-    """What a measured allocation chose from: `predicted_rise` is the sum of the chosen, `gap` its distance to the best.
-
-    The rises are those of each matrix alone; together they cost more.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    predicted_rise: float
-    gap: float
-    kept_dense: list[str]
-    candidates: dict[str, list[CandidateReport]] = {}
-
-
-class Plan(BaseModel):
-    """Every replaced layer in the model's order, and the totals of the model before and after.
-
-    Parameters are floating-point numbers of the whole model, embeddings and head included, tied ones counted
-    once. FLOPs are those of all linear layers for one token, the head included, two for a multiply-add;
-    attention scores and element-wise work are left out. `num_params_untied` are those of heads that were tied to a
-    compressed embedding and are left dense; the integers of permutations are counted in `bytes` alone. `folding` names
-    the free dimensions (folding.py) whose units are put in the best order before the fits. `before` names the layers
-    that stages before this one, number `stage`, have replaced and this plan leaves as they are.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    recipe: str
-    layers: dict[str, LayerPlan]
-    stage: int = 1
-    before: list[str] = []
-    weighting: Weighting = Weighting()
-    folding: list[str] = []
-    rotation: bool = False
-    allocation: AllocationReport | None = None
-    num_params: int
-    num_params_dense: int
-    num_params_targets: int
-    num_params_targets_dense: int
-    num_params_untied: int = 0
-    kept_of_targets: float
-    kept_of_model: float
-    flops_per_token: int
-    flops_per_token_dense: int
-    dtype: str
-    bytes: int
-    bytes_dense: int
-
-    @field_validator("layers")
-    @classmethod
-    def _not_empty(cls, layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
-        if not layers:
-            raise ValueError("a plan replaces at least one layer")
-        return layers
-
-    @property
-    def new_layers(self) -> list[str]:
-        """The layers that this plan replaces, in the model's order."""
-        return [name for name in self.layers if name not in self.before]
+# Of B, in the sums for which units are put in order before candidates are compared.
+REFERENCE_SIDE = 4
 
 
 class _BudgetTooSmall(RequestError):
@@ -234,7 +97,7 @@ def make_plan(
     try:
         budget_params = target_params(recipe.budget, dense.num_params, rest, targets_dense, dtype.itemsize)
         if recipe.allocation == "measured":
-            planned, allocation = _allocated(layers, targets, recipe, budget_params, moments)
+            planned, allocation = _allocated(model, targets, recipe, budget_params, moments)
         else:
             planned = {
                 name: _plan_layer(name, shape, recipe, budget_params, targets_dense) for name, shape in targets.items()
@@ -349,13 +212,17 @@ def _num_params_held(layer: nn.Module) -> int:
 
 
 def _allocated(
-    layers: dict[str, nn.Module],
+    model: nn.Module,
     targets: dict[str, tuple[int, int]],
     recipe: Recipe,
     budget_params: int | None,
     moments: Mapping[str, InputMoments] | None,
 ) -> tuple[dict[str, LayerPlan], AllocationReport]:
-    """The candidates that cost the least loss within the budget; a matrix for which that is itself is left dense."""
+    """The candidates that cost the least loss within the budget; a matrix for which that is itself is left dense.
+
+    Where units will be folded, the candidates are those of the matrices in the order that is best for REFERENCE_SIDE.
+    """
+    layers = replaceable_layers(model)
     if budget_params is None:
         raise RequestError("a measured allocation needs a budget: set one of budget.*")
     if moments is None or not moments.keys() >= targets.keys():
@@ -363,6 +230,10 @@ def _allocated(
     if any(layers[name].weight.is_meta for name in targets):  # type: ignore[union-attr]
         raise RequestError("a measured allocation needs the model's weights, not its configuration alone")
     names = _candidate_structures(recipe)
+    if recipe.folding and set(names) - {"low_rank"}:  # to which an order is nothing
+        share = budget_params / sum(map(prod, targets.values()))
+        model, moments = _folded(model, targets, recipe, share, moments)
+        layers = replaceable_layers(model)
 
     def problem(name: str) -> tuple[Tensor, Metric]:
         # Made anew each time: all metrics together may be larger than the model.
@@ -370,7 +241,7 @@ def _allocated(
         return weight, layer_metric(layers[name], weight, moments[name], recipe.weighting)
 
     def is_allowed(shape: tuple[int, int], structure: str, spec: Any) -> bool:
-        return not recipe.flops_not_above_dense or _count_flops(structure, *shape, spec) <= 2 * prod(shape)
+        return not recipe.flops_not_above_dense or count_flops(structure, *shape, spec) <= 2 * prod(shape)
 
     tables = {name: screen(*problem(name), names, partial(is_allowed, shape)) for name, shape in targets.items()}
     choice = choose(tables, problem, budget_params)
@@ -410,6 +281,41 @@ def _allocated(
     return planned, report
 
 
+def _folded(
+    model: nn.Module,
+    targets: Mapping[str, tuple[int, int]],
+    recipe: Recipe,
+    share: float,
+    moments: Mapping[str, InputMoments],
+) -> tuple[nn.Module, Mapping[str, InputMoments]]:
+    """A copy of the model whose units stand in a good order for sums with B of REFERENCE_SIDE, and its moments."""
+    model = copy.deepcopy(model)
+    if not isinstance(model, PreTrainedModel):
+        raise RequestError("folding: the free dimensions of this model are not known; it is no transformers model")
+    layers = replaceable_layers(model)
+    sizes = {}
+    for name, (out_features, in_features) in targets.items():
+        most = 1 if _is_embedding(layers[name]) else REFERENCE_SIDE  # its rows are tokens, in no order
+        m2, n2 = (
+            max(d for d in range(1, side + 1) if size % d == 0)
+            for size, side in ((out_features, most), (in_features, REFERENCE_SIDE))
+        )
+        left_shape = out_features // m2, in_features // n2
+        affordable = int(share * out_features * in_features) // (prod(left_shape) + m2 * n2)
+        sizes[name] = (left_shape, (m2, n2), max(1, min(affordable, m2 * n2, prod(left_shape))))
+
+    def metric(name: str) -> Metric:
+        return layer_metric(layers[name], dense_weight(layers[name]), given[name], recipe.weighting)
+
+    given = moments
+    dimensions = free_dimensions(model)
+    found = search_orders(model, recipe.folding, sizes, metric)
+    for name, order in found.items():
+        fold_(model, dimensions[name], order)
+        moments = permuted_moments(moments, dimensions[name], order)
+    return model, moments
+
+
 def _flops(model: nn.Module) -> dict[str, int]:
     """FLOPs of each linear layer for one token, dense or structured."""
     dense = {name: 2 * layer.weight.numel() for name, layer in linear_layers(model).items()}  # type: ignore[operator, union-attr]
@@ -421,13 +327,7 @@ def _flops(model: nn.Module) -> dict[str, int]:
 
 def _count_flops_of(layer: StructuredLayer) -> int:
     name = next(name for name, structure in STRUCTURES.items() if structure is layer.structure)
-    return _count_flops(name, layer.out_features, layer.in_features, layer.spec)
-
-
-@cache
-def _count_flops(structure: str, out_features: int, in_features: int, spec: Any) -> int:
-    # Traced once for all layers of equal shape.
-    return STRUCTURES[structure].count_flops(out_features, in_features, spec)
+    return count_flops(name, layer.out_features, layer.in_features, layer.spec)
 
 
 def meta_model(config: PreTrainedConfig) -> nn.Module:
@@ -548,7 +448,7 @@ def _plan_layer(
         sizes = {spec: structure.count_params(out_features, in_features, spec) for spec in specs}
         most = max(sizes.values())
         largest = [spec for spec in specs if sizes[spec] == most]
-        chosen = min(largest, key=lambda spec: _count_flops(recipe.structure, out_features, in_features, spec))
+        chosen = min(largest, key=lambda spec: count_flops(recipe.structure, out_features, in_features, spec))
         options = structure.Options.model_validate(recipe.fit)
         structure.check_options(chosen, options)
     except RequestError as error:

@@ -12,7 +12,7 @@ from kronpress.benchmark import Benchmark, ModelBenchmark, Spread
 from kronpress.compression import LayerReport
 from kronpress.errors import RequestError
 from kronpress.healing import HealingRow
-from kronpress.planning import Plan
+from kronpress.plan import Plan
 
 # What is shown of an evaluation, by protocol: the figures that compare models, and what a single model has besides.
 _FIGURES: dict[str, tuple[list[str], list[str]]] = {

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from kronpress.errors import RequestError
 from kronpress.families import FAMILIES
-from kronpress.planning import Plan, Totals
+from kronpress.plan import Plan
+from kronpress.planning import Totals
 
 # Numbers that share one 16-bit scale.
 QUANTIZATION_GROUP = 32

@@ -232,21 +232,30 @@ def expanded(left: Tensor, right: Tensor) -> Tensor:
 def _with_rows_bettered(problem: _Problem, point: _Point, kinds: Tensor) -> _Point:
     columns = point.columns.flatten()
     weight = problem.weight[:, columns]
-    moment = None if problem.moment is None else problem.moment[columns][:, columns]
-    rows = regrouped(row_features(weight, point.right, point.columns.shape[0], moment), point.rows, kinds)
+    if problem.moment is None:
+        features = _single_features(weight, point.right, point.columns.shape[0])
+    else:
+        moment = problem.moment[columns][:, columns]
+        features = row_features(weight, point.right, point.columns.shape[0], moment)
+    rows = regrouped(features, point.rows, kinds)
     return _fitted(problem, rows, point.columns, point)
 
 
 def _with_columns_bettered(problem: _Problem, point: _Point, kinds: Tensor) -> _Point:
     weight = problem.weight[point.rows.flatten()]
     if problem.moment is None:
-        features = row_features(weight.mT, point.right.mT, point.rows.shape[0])
+        features = _single_features(weight.mT, point.right.mT, point.rows.shape[0])
         columns = regrouped(features, point.columns, kinds)
     else:
         held = expanded(point.left, point.right)
         flat = exchanged_columns(weight, problem.moment, held, point.columns.flatten(), kinds.flatten())
         columns = flat.reshape(kinds.shape)
     return _fitted(problem, point.rows, columns, point)
+
+
+def _single_features(weight: Tensor, right: Tensor, num_groups: int) -> Features:
+    """`row_features` in single precision: a step that they propose is judged by its fit in double."""
+    return row_features(weight.float(), right.float(), num_groups)
 
 
 def row_features(weight: Tensor, right: Tensor, num_groups: int, moment: Tensor | None = None) -> Features:

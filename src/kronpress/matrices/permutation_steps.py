@@ -17,6 +17,8 @@ from torch import Tensor
 Features = Callable[[int, Tensor], Tensor]
 # A gain below this fraction of the energies that it is a difference of is none.
 ROUNDING = 1e-12
+# Of single precision, in a sum over all rows and in the gain of one exchange as a fraction of the energy of all.
+SINGLE_ROUNDING, SINGLE_ROUNDING_OF_ONE = 1e-6, 3e-9
 # Rounds of column exchanges in one step.
 EXCHANGE_ROUNDS = 10
 
@@ -41,7 +43,7 @@ def regrouped(features: Features, order: Tensor, kinds: Tensor) -> Tensor:
         source = assigned(own @ rest.mT, kinds[:, q])
         order[:, q] = order[source, q]
         total = rest + own[source]
-    least = ROUNDING * total.square().sum().item()
+    least = (ROUNDING if total.dtype == torch.float64 else SINGLE_ROUNDING_OF_ONE) * total.square().sum().item()
     several_kinds = bool((kinds != kinds[0, 0]).any())
     for q, u in combinations(range(places), 2):
         present = features(q, order[:, q]), features(u, order[:, u])
@@ -79,7 +81,8 @@ def assigned(scores: Tensor, kinds: Tensor) -> Tensor:
         part = scores if len(members) == len(scores) else scores[members][:, members]
         chosen = torch.from_numpy(linear_sum_assignment(part.mT.numpy(), maximize=True)[1])
         kept, taken = part.diagonal(), part[chosen, torch.arange(len(chosen))]
-        if (taken - kept).sum() > ROUNDING * (taken.abs() + kept.abs()).sum():
+        rounding = ROUNDING if scores.dtype == torch.float64 else SINGLE_ROUNDING
+        if (taken - kept).sum() > rounding * (taken.abs() + kept.abs()).sum():
             source[members] = members[chosen]
     return source
 
