@@ -108,6 +108,7 @@ class Job:
     distil: bool = False
     rates: tuple[float, ...] = RATES
     script: str = "fit_table.py"
+    size: str = "krony-96m"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -121,6 +122,7 @@ class Job:
             "set": list(self.changes),
             "characters": self.characters,
             **(healing if self.steps else {}),
+            **({} if self.size == "krony-96m" else {"size": self.size}),
         }
 
     @property
@@ -132,7 +134,8 @@ class Job:
         words += [f"--set {change}" for change in self.changes]
         words += [f"--characters {self.characters}"] if self.characters is not None else []
         words += [f"--steps {self.steps}"] if self.steps not in (0, STEPS) else []
-        words += ["--distil"] if self.distil else []
+        words += ["--distil"] if self.distil and self.script == "fit_table.py" else []
+        words += [f"--size {self.size}"] if self.size != "krony-96m" else []
         return " ".join(words)
 
 
@@ -495,13 +498,17 @@ def healed(
     processes: Processes = CORES,
     steps: Steps = STEPS,
     distil: Distil = False,
+    at: Annotated[str, typer.Option("--size", help="one of Krony-PT's sizes")] = "krony-96m",
     known: Annotated[
         Path | None, typer.Option(help="results of pocket_table.py: take from it the rows that it has", exists=True)
     ] = None,
 ) -> None:
-    """At the size of krony-96m, after equal training, each with the best of three rates."""
-    job = Job("healed", work, model, "test", text, tuple(changes or ()), characters, steps, distil)
-    (size,) = (each for each in sizes(kp.load_model(model).model) if each["name"] == "krony-96m")
+    """At one size of Krony-PT, after equal training, each with the best of three rates."""
+    job = Job("healed", work, model, "test", text, tuple(changes or ()), characters, steps, distil, size=at)
+    found = [each for each in sizes(kp.load_model(model).model) if each["name"] == at]
+    if not found:
+        raise kp.RequestError(f"--size {at!r}: allowed are {', '.join(SIZES)}")
+    size = found[0]
     if "error" in size:
         raise kp.RequestError(f"the model cannot have the size that is healed at: {size['error']}")
     rows = healed_rows(size)

@@ -5,8 +5,8 @@
     python benchmarks/structure_table.py render > docs/results/structures.md
 
 On `pocket`, at the true counts of `tqcompressor` and `kngpt2` with their tied head computed from the factors, and of
-`krony-96m`. `one-shot` trains nothing, and has `auto` with and without the embedding among its targets at every size of
-Krony-PT too. `healed` distils every row from the dense model on equal tokens, each with the best of three rates;
+`krony-96m`. `one-shot` trains nothing, and has `auto` with and without the embedding among its targets at the other sizes
+of Krony-PT. `healed` distils every row from the dense model on equal tokens, each with the best of three rates;
 `tqcompressor` as its stages say, and compressed at once and then healed. DIR keeps calibrations and the rows that are
 done, so that what was stopped goes on. Rows, metrics and healing are those of fit_table.py.
 """  # noqa: E501
@@ -89,18 +89,15 @@ def rows_of_published() -> list[Row]:
 
 
 def one_shot_rows() -> list[Row]:
-    """Those of `rows_of_published` that differ before healing, and `auto` at the sizes of Krony-PT."""
-    dense: Row = {"name": "dense", "rival": "dense"}
-    published = [
-        row for row in rows_of_published() if "in stages" not in row["method"] and "own objective" not in row["method"]
-    ]
-    others = [size for size in sizes(kp.load_model("pocket").model) if size["name"] != "krony-96m"]
-    auto = [
-        _row(size["name"], f"auto on {targets}", "auto", [f"targets={targets}", f"budget.params={size['num_params']}"])
-        for size in others
-        for targets in ("blocks", "all")
-    ]
-    return [dense, *published, *auto]
+    """`auto` with and without the embedding among its targets at the sizes of Krony-PT; `healed` has krony-96m's."""
+    rows: list[Row] = [{"name": "dense", "rival": "dense"}]
+    for size in sizes(kp.load_model("pocket").model):
+        if size["name"] != "krony-96m":
+            budget = f"budget.params={size['num_params']}"
+            rows += [
+                _row(size["name"], f"auto on {each}", "auto", [f"targets={each}", budget]) for each in ("blocks", "all")
+            ]
+    return rows
 
 
 @app.command()
