@@ -458,7 +458,7 @@ WRONG_REQUESTS: dict[str, tuple[str, list[str]]] = {
     ),
     "output is the current folder": ("compress {dense} --recipe {recipe} --out . --overwrite", ["current folder"]),
     "output inside a file": ("compress {dense} --recipe {recipe} --out {text}/out", ["text.txt", "is a file"]),
-    "an embedding that scales": ("plan gemma-2b --recipe low-rank --set targets=embedding", ["embed_tokens", "ScaledWord"]),
+    "an embedding that scales": ("plan gemma-2b --recipe low-rank --set targets=embedding", ["Scaled"]),
     "healing on too little text": (
         "heal {compressed} --teacher {dense} --data {recipe}.txt --out {out} --set healing.max_steps=1 "
         "--set healing.sequence_length=128",

@@ -32,7 +32,7 @@ SEEN_ON_ONE_SIDE = {"mlp": "mlp", "value": "attention", "residual": "all"}
 ONE_BLOCK = {family: {"n_layer" if family == "gpt2" else "num_hidden_layers": 1} for family in FAMILIES}
 families = pytest.mark.parametrize("family", FAMILIES)
 dimensions = pytest.mark.parametrize("dimension", DIMENSIONS)
-few = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**31)
 
 
@@ -150,7 +150,7 @@ def test_exact_sums_in_turn_leave_the_model_as_it_was(tiny_model: Any, family: s
 @pytest.mark.parametrize("folding", [("value",), DIMENSIONS], ids="+".join)
 @pytest.mark.parametrize("weighting", [{}, INPUT, {**INPUT, "bias_correction": True}], ids=["plain", "input", "bias"])
 @given(seed=seeds, num_terms=st.integers(1, 2))
-@settings(few, max_examples=2)
+@few
 def test_all_errors_together_are_never_above_those_without(
     tiny_model: Any, family: str, folding: tuple[str, ...], weighting: dict[str, Any], seed: int, num_terms: int
 ) -> None:
@@ -351,7 +351,9 @@ def test_a_plan_for_folded_matrices_leaves_model_and_moments_as_they_are(tiny_mo
 
 def test_models_whose_dimensions_are_not_known_are_refused_and_left_alone() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
-    plan = kp.make_plan(model, recipe("mlp", targets=["0", "1"]))
+    with pytest.raises(kp.RequestError, match=r"folding: .* no transformers model"):
+        kp.make_plan(model, recipe("mlp", targets=["0", "1"]))
+    plan = kp.make_plan(model, recipe(targets=["0", "1"])).model_copy(update={"folding": ["mlp"]})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(kp.RequestError, match=r"folding: .* no transformers model"):
         kp.compress_(model, plan)
@@ -386,5 +388,5 @@ def test_a_refused_later_stage_leaves_the_model_with_all_that_its_plan_names(tin
 
 def test_stages_that_cannot_be_folded_are_refused_before_the_first_is_begun(tiny_model: Any) -> None:
     stages = [{"share": 0.5, "targets": "mlp"}, {"share": 0.5, **of_table(2), "folding": ["residual"]}]
-    with pytest.raises(kp.RequestError, match=r"stage 2.*stores no column_order"):
+    with pytest.raises(kp.RequestError, match=r"stage 2.*stores no row_order"):
         kp.make_plan(tiny_model("gpt2"), recipe(stages=stages, healing={"max_steps": 2}))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kronpress.calibration import PairedMoments, SequentialInputs
+from kronpress.calibration.block_stream import block_prefix
 from kronpress.checkpoint import attach_plan_
 from kronpress.errors import RequestError, WorkError
-from kronpress.folding import fold_, free_dimensions, permuted_moments, search_orders
+from kronpress.folding import Sizes, check_foldable, fold_, free_dimensions, permuted_moments, search_orders
 from kronpress.matrices.kronecker import KroneckerSpec
 from kronpress.matrices.metric import Metric, as_metric
 from kronpress.matrices.moments import InputMoments
@@ -34,7 +35,7 @@ from kronpress.surgery import (
     to_dense_,
     weight_shape,
 )
-from kronpress.weighting import is_centred, layer_metric, shrinkage, shrunk, unshrunk_metric
+from kronpress.weighting import WithoutHeads, is_centred, layer_metric, shrinkage, shrunk, unshrunk_metric
 
 # Relative to the mean second moment of the inputs.
 SEQUENTIAL_RIDGE = 1e-2
@@ -103,6 +104,10 @@ def compress_(
             raise WorkError(f"the weight of {name!r} holds NaN or infinity")
         _check_moments(name, layers[name], weighting, moments or {})
 
+    _check_steps(model, plan)
+    if moments is not None:
+        alone = [name for name in plan.new_layers if plan.layers[name].is_embedding and not plan.layers[name].heads]
+        moments = WithoutHeads(moments, alone)
     # What is compressed again is dense meanwhile, so that it can be folded too.
     to_dense_(model, plan.new_layers)
     if plan.rotation:
@@ -121,6 +126,26 @@ def compress_(
             reports[name] = _replace_(model, name, plan, moments, sequential)
     attach_plan_(model, plan)
     return reports
+
+
+def _sums(plan: Plan) -> dict[str, Sizes]:
+    """left_shape, right_shape and num_terms of the Kronecker sums that the plan makes."""
+    specs = {name: plan.layers[name].spec for name in plan.new_layers}
+    return {
+        name: (spec.left_shape, spec.right_shape, spec.num_terms)
+        for name, spec in specs.items()
+        if isinstance(spec, KroneckerSpec)
+    }
+
+
+def _check_steps(model: nn.Module, plan: Plan) -> None:
+    """Refuse what the plan's steps would refuse after some layers were replaced."""
+    if plan.folding:
+        check_foldable(model, plan.folding, _sums(plan), plan.new_layers)
+    prefix = block_prefix(model)
+    for name in plan.new_layers if plan.weighting.sequential and prefix is not None else ():
+        if not plan.layers[name].is_embedding and not name.startswith(f"{prefix}."):
+            raise RequestError(f"{name!r} is in no transformer block: it cannot be fitted sequentially")
 
 
 def _rotate_(
@@ -146,13 +171,7 @@ def _fold_(
 
     What the model computes stays as it was.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise RequestError("folding: the free dimensions of this model are not known; it is no transformers model")
-    sizes = {
-        name: (spec.left_shape, spec.right_shape, spec.num_terms)
-        for name in plan.new_layers
-        if isinstance(spec := plan.layers[name].spec, KroneckerSpec)
-    }
+    assert isinstance(model, PreTrainedModel)
 
     def metric(name: str) -> Metric | None:
         if moments is None or plan.weighting.metric == "none":
@@ -161,7 +180,7 @@ def _fold_(
         return layer_metric(layer, dense_weight(layer), moments[name], plan.weighting)
 
     dimensions = free_dimensions(model)
-    for name, order in search_orders(model, plan.folding, sizes, metric).items():
+    for name, order in search_orders(model, plan.folding, _sums(plan), metric).items():
         fold_(model, dimensions[name], order)
         moments = None if moments is None else permuted_moments(moments, dimensions[name], order)
     return moments

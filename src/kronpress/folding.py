@@ -8,7 +8,7 @@ was, and gives each of their weights an order of rows or columns in which a stru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,7 +25,7 @@ from kronpress.matrices.metric import Metric
 from kronpress.matrices.moments import InputMoments
 from kronpress.matrices.permutation import Shape, Start
 from kronpress.matrices.permuted_kronecker import PermutedKronecker
-from kronpress.surgery import dense_weight, weight_shape
+from kronpress.surgery import dense_weight, tied_heads, weight_shape
 
 Side = Literal["out", "in"]
 # What a recipe's `folding` may name.
@@ -140,6 +140,29 @@ def fold_(model: nn.Module, dimension: FreeDimension, order: Tensor) -> None:
                 else:
                     source = _source(tensor.shape[axis], channels, order).to(tensor.device)
                     tensor.copy_(tensor.index_select(axis, source))
+
+
+def check_foldable(
+    model: nn.Module, names: Iterable[str], planned: Collection[str], made_dense: Collection[str] = ()
+) -> None:
+    """Refuse what `search_orders` and `fold_` would refuse for the layers `planned`, by the model's modules alone.
+
+    Args:
+        made_dense: layers that will be dense by then, whatever they are now, and the heads tied to them.
+
+    Raises:
+        RequestError: as `search_orders`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise RequestError("folding: the free dimensions of this model are not known; it is no transformers model")
+    dimensions = free_dimensions(model)
+    embeddings = [name for name in made_dense if isinstance(model.get_submodule(name), StructuredEmbedding)]
+    dense = {*made_dense, *(head for name in embeddings for head in tied_heads(model, name))}
+    for dimension in (dimensions[key] for name in names for key in dimensions if key.partition(".")[0] == name):
+        if any(use.module in planned for use in dimension.uses):
+            for use in dimension.uses:
+                if use.module not in dense:
+                    list(_axes(model, use))
 
 
 def search_orders(

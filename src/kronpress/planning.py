@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from kronpress.candidates import DENSE, FITTED, choose, screen
 from kronpress.errors import RequestError
 from kronpress.families import FAMILIES, target_patterns
-from kronpress.folding import fold_, free_dimensions, permuted_moments, search_orders
+from kronpress.folding import check_foldable, fold_, free_dimensions, permuted_moments, search_orders
 from kronpress.layers import StructuredEmbedding, StructuredLayer, StructuredLinear
 from kronpress.matrices import STRUCTURES
+from kronpress.matrices.kronecker import KroneckerSpec
 from kronpress.matrices.metric import Metric
 from kronpress.matrices.moments import InputMoments
 from kronpress.plan import AllocationReport, CandidateReport, LayerPlan, Plan, count_flops
@@ -35,9 +36,10 @@ from kronpress.surgery import (
     replaceable_layers,
     structured_layers,
     tied_heads,
+    untie_,
     weight_shape,
 )
-from kronpress.weighting import layer_metric
+from kronpress.weighting import WithoutHeads, layer_metric
 
 # Of B, in the sums for which units are put in order before candidates are compared.
 REFERENCE_SIDE = 4
@@ -83,6 +85,8 @@ def make_plan(
     heads = {name: tied_heads(model, name) if _is_embedding(layers[name]) else [] for name in targets}
     untied = {name: prod(targets[name]) for name, others in heads.items() if others and recipe.head == "dense"}
     heads |= {name: [] for name in untied}
+    if moments is not None:
+        moments = WithoutHeads(moments, list(untied))
     if recipe.rotation:
         untied |= _untied_by_rotation(model, recipe, targets)
 
@@ -107,6 +111,9 @@ def make_plan(
         raise RequestError(
             f"{error}; the least possible is {least} in the targeted layers, {rest + least} in the model"
         ) from error
+    if recipe.folding:
+        sums = [name for name, layer in planned.items() if isinstance(layer.spec, KroneckerSpec)]
+        check_foldable(model, recipe.folding, sums, planned)
     planned = {
         name: layer.model_copy(update={"is_embedding": _is_embedding(layers[name]), "heads": heads[name]})
         for name, layer in planned.items()
@@ -183,6 +190,8 @@ def plan_stages(model: nn.Module, recipe: Recipe) -> list[Plan]:
             plans.append(make_plan(shell, part, before=plans[-1] if plans else None))
         except RequestError as error:
             raise RequestError(f"stage {number} of {recipe.name!r}: {error}") from error
+        if part.rotation:
+            untie_(shell, FAMILIES[shell.config.model_type].embedding)  # type: ignore[index, union-attr]
         for name in plans[-1].new_layers:
             layer = plans[-1].layers[name]
             replace_by_matrix_(shell, name, layer.empty_matrix(stored_dtype(shell)), layer.heads)
@@ -289,9 +298,9 @@ def _folded(
     moments: Mapping[str, InputMoments],
 ) -> tuple[nn.Module, Mapping[str, InputMoments]]:
     """A copy of the model whose units stand in a good order for sums with B of REFERENCE_SIDE, and its moments."""
+    check_foldable(model, recipe.folding, targets, targets)
     model = copy.deepcopy(model)
-    if not isinstance(model, PreTrainedModel):
-        raise RequestError("folding: the free dimensions of this model are not known; it is no transformers model")
+    assert isinstance(model, PreTrainedModel)
     layers = replaceable_layers(model)
     sizes = {}
     for name, (out_features, in_features) in targets.items():

@@ -101,7 +101,7 @@ def replace_by_matrix_(model: nn.Module, name: str, matrix: StructuredMatrix, he
     is_trained: bool = layer.weight.requires_grad  # type: ignore[assignment, union-attr]
     replaced: StructuredLayer
     if isinstance(layer, nn.Embedding | StructuredEmbedding):
-        _untie_(model, name, [head for head in tied_heads(model, name) if head not in heads])
+        untie_(model, name, kept=heads)
         replaced = StructuredEmbedding(matrix, layer.padding_idx)
     else:
         replaced = _structured_linear(layer, matrix)
@@ -128,8 +128,9 @@ def _structured_linear(layer: nn.Module, matrix: StructuredMatrix) -> Structured
     return structured
 
 
-def _untie_(model: nn.Module, embedding: str, heads: Sequence[str]) -> None:
-    """Give each of these linear layers a weight of its own, equal to the table of the embedding that it was tied to."""
+def untie_(model: nn.Module, embedding: str, kept: Sequence[str] = ()) -> None:
+    """Give each linear layer tied to the embedding, but those `kept`, a weight of its own, equal to the table."""
+    heads = [head for head in tied_heads(model, embedding) if head not in kept]
     for head in heads:
         layer = model.get_submodule(head)
         if isinstance(layer, StructuredLinear):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,30 @@ def _embedding_metric(moments: InputMoments, weighting: Weighting) -> Metric:
             )
         return Metric(moments.gradient + moments.second, frequencies)
     return Metric(moments.second if has_heads else None, frequencies)
+
+
+@dataclass(frozen=True, eq=False)
+class WithoutHeads(Mapping[str, InputMoments]):
+    """Moments in which the embeddings `names` have no tied heads: theirs keep the dense table, whatever replaces it."""
+
+    moments: Mapping[str, InputMoments]
+    names: Collection[str]
+
+    def __getitem__(self, layer: str) -> InputMoments:
+        found = self.moments[layer]
+        if layer not in self.names:
+            return found
+        nothing = torch.zeros_like(found.mean)
+        return replace(found, second=torch.diag(nothing), mean=nothing, magnitude=nothing, held_out=None)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.moments  # without reading its tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.moments)
+
+    def __len__(self) -> int:
+        return len(self.moments)
 
 
 def shrunk(metric: Metric, amount: float) -> Metric:

@@ -48,7 +48,7 @@ def foldable_norms(model: PreTrainedModel, *, untie: bool = False) -> dict[str, 
     residual_uses(model)
     norms = stream_norms(model)
     final = RESIDUALS[model.config.model_type].final_norm
-    if _has_tied_head(model) and (not untie or _is_constant(_gain(model, final))):
+    if _has_tied_head(model) and not untie:
         del norms[final]
     found = {}
     for name, readers in norms.items():
@@ -79,8 +79,8 @@ def fold_norm_gains_(model: PreTrainedModel, *, untie: bool = False) -> int:
     """Put the gain and bias of each norm into the linear layers that read it, in place; the logits stay.
 
     W (g ∘ z + β) + b = (W diag(g)) z + (W β + b). Afterwards the gains are 1 and the biases 0, and the norms are still
-    those of the model's class. The final norm is read by the head: where that is tied to the embedding and the gain is
-    not constant, the norm is left as it is, or with `untie` the head gets a weight of its own and
+    those of the model's class. The final norm is read by the head: where that is tied to the embedding the norm is left
+    as it is, or with `untie`, whatever the gain, the head gets a weight of its own and
     `config.tie_word_embeddings` becomes False. A bias that a reader without one cannot take up stays as β / g in the
     norm, as before an untied head; `rotate_` rotates it there.
 
@@ -94,7 +94,7 @@ def fold_norm_gains_(model: PreTrainedModel, *, untie: bool = False) -> int:
     norms = foldable_norms(model, untie=untie)
     residual = RESIDUALS[model.config.model_type]
     num_added = 0
-    if residual.final_norm in norms and _has_tied_head(model):
+    if untie and _has_tied_head(model):
         num_added = _untie_(model, residual.head)
     for name, folded in norms.items():
         for reader in folded.readers:
