@@ -84,7 +84,9 @@ SECONDS = (
 
 
 def goals_table(compared: list[Comparison]) -> Iterator[str]:
-    """Every comparison with its goal, and of each goal how often it is met."""
+    """Every comparison with its goal, and of each goal how often it is met; nothing where nothing is compared."""
+    if not compared:
+        return
     yield "| text | size | MLPs kept | `auto` | rise, nats | against | rise, nats | ratio | goal |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for each in compared:

@@ -194,3 +194,26 @@ def test_compress_does_all_stages_without_healing(job, tmp_path: Path) -> None:
 def test_wrong_stages_are_refused(job, stages: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(kp.RequestError, match=message):
         job(stages=stages)
+
+
+def test_a_later_stage_that_cannot_be_is_refused_before_the_first_is_begun(job, tmp_path: Path) -> None:
+    spec = {"right_shape": [2, 2], "num_terms": 1}
+    rotated = {"share": 0.5, "targets": "mlp", "spec": spec, "head": "dense", "rotation": True}
+    recipe = job(stages=[rotated, rotated])
+    said: list[str] = []
+    with pytest.raises(kp.RequestError, match="stage 2 of 'staged': rotation"):
+        run(recipe, tmp_path / "run", messages=Messages(said.append, lambda _: None))
+    assert not [text for text in said if text.startswith(("compressing", "healing"))]
+    from kronpress.pipeline import compress_stages_
+
+    with pytest.raises(kp.RequestError, match="stage 2 of 'staged': rotation"):
+        compress_stages_(kp.load_model(recipe.model), recipe, lambda _: None)
+
+
+def test_a_folding_that_no_sum_sees_and_a_rotation_of_coordinates_are_refused(job) -> None:
+    model = kp.load_model(job().model).model
+    low_rank = {"stages": [], "structure": "low_rank", "budget": {"kept_of_targets": 0.5}}
+    with pytest.raises(kp.RequestError, match=r"folding \['mlp'\].*none is planned"):
+        kp.make_plan(model, job(**low_rank, folding=["mlp"]))
+    with pytest.raises(kp.RequestError, match=r"^recipe: rotation: the metric magnitude"):
+        job(**low_rank, rotation=True, weighting={"metric": "magnitude"})

@@ -101,6 +101,7 @@ def run(
     rival_recipes = {name: _rival_recipe(name, recipe) for name in recipe.rivals if name not in RIVALS}
     messages.stage(f"loading {recipe.model}")
     teacher = load_model(recipe.model, recipe.revision)
+    _check_later_stages(recipe, teacher)
     known: dict[str, Moments] = {}
     data = calibrated(recipe.parts[0], teacher, messages.stage, known)
     plan = make_plan(teacher.model, recipe.parts[0], data.moments)
@@ -241,6 +242,7 @@ def compress_stages_(
     Returns:
         The plan of the model as it then is, and the error of each layer in the stage that replaced it last.
     """
+    _check_later_stages(recipe, loaded)
     plan: Plan | None = None
     layers: dict[str, LayerReport] = {}
     for part in recipe.parts:
@@ -249,6 +251,12 @@ def compress_stages_(
         layers |= compress_loaded_(loaded, plan, data, progress)
     assert plan is not None
     return plan, layers
+
+
+def _check_later_stages(recipe: Recipe, dense: LoadedModel) -> None:
+    """Refuse what a later stage would refuse, as far as shapes tell; a measured allocation has to wait for its turn."""
+    if len(recipe.parts) > 1 and all(part.allocation != "measured" for part in recipe.parts):
+        plan_stages(dense.model, recipe)
 
 
 def _last_plan(recipe: Recipe, teacher: LoadedModel, first: Plan) -> Plan:

@@ -113,6 +113,8 @@ def make_plan(
         ) from error
     if recipe.folding:
         sums = [name for name, layer in planned.items() if isinstance(layer.spec, KroneckerSpec)]
+        if not sums and recipe.allocation != "measured":
+            raise RequestError(f"folding {recipe.folding}: orders are for Kronecker sums, and none is planned")
         check_foldable(model, recipe.folding, sums, planned)
     planned = {
         name: layer.model_copy(update={"is_embedding": _is_embedding(layers[name]), "heads": heads[name]})

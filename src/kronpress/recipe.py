@@ -330,6 +330,8 @@ class Recipe(_Section):
         for name in self.candidates:
             if name not in STRUCTURES:
                 raise unknown_name("structure", name, STRUCTURES)
+        if self.rotation and self.weighting.metric == "magnitude":
+            raise ValueError("rotation: the metric magnitude is one of single coordinates: use none, input or loss")
         if self.structure == AUTO and self.allocation != "measured":
             raise ValueError(f"structure {AUTO} needs allocation: measured")
         if self.allocation == "measured" and self.weighting.metric in ("none", "magnitude"):
@@ -567,12 +569,13 @@ def _explain(error: ValidationError) -> RequestError:
         for part in first["loc"][:-1]:
             section = section.model_fields[part].annotation
         return unknown_name("recipe field", path, _paths(section, first["loc"][:-1]))
+    where = f"recipe field {path}" if path else "recipe"
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, RequestError):
         return cause
     if isinstance(cause, ValueError):
-        return RequestError(f"recipe field {path}: {cause}")
-    return RequestError(f"recipe field {path}: {first['msg']}; given {first['input']!r}"[:600])
+        return RequestError(f"{where}: {cause}")
+    return RequestError(f"{where}: {first['msg']}; given {first['input']!r}"[:600])
 
 
 def _field_path(location: tuple[int | str, ...]) -> str:
