@@ -99,7 +99,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         groups.setdefault((layer.out_features, layer.in_features, layer.structure, layer.spec), []).append(name)
     layers = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for title, justify in [("layers", "right"), ("first", "left"), ("shape", "right"), ("becomes", "left")]:
-        layers.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        layers.add_column(title, justify=justify, no_wrap=title == "first")  # type: ignore[arg-type]
     for (out_features, in_features, structure, spec), names in groups.items():
         sizes = ", ".join(
             "×".join(map(str, value)) if isinstance(value, tuple) else f"{field} {value}" for field, value in spec
