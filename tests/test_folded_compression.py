@@ -204,13 +204,10 @@ def test_the_error_that_the_loss_feels_is_not_above_that_without(
     assert total(student, model, moments) <= given_up * (1 + 1e-4)
 
 
-def test_to_low_rank_an_order_is_nothing(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, spy = tiny_model("llama"), Spy(monkeypatch)
+def test_to_low_rank_an_order_is_nothing_and_is_refused(tiny_model: Any) -> None:
     low_rank = {"structure": "low_rank", "spec": {"rank": 3}, "targets": "blocks"}
-    folded, _ = compressed(model, recipe(*DIMENSIONS, **low_rank))
-    plain, _ = compressed(model, recipe(**low_rank))
-    assert spy.folded == []
-    torch.testing.assert_close(folded.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    with pytest.raises(kp.RequestError, match="none is planned"):
+        compressed(tiny_model("llama"), recipe(*DIMENSIONS, **low_rank))
 
 
 # ---- what is left: ordinary layers, saved and loaded ----
