@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import kronpress as kp
 from kronpress.planning import plan_stages
+from kronpress.recipe import Weighting
 from kronpress.rotation import fold_norm_gains_, has_layer_norms, rotate_
 from kronpress.surgery import dense_weight, linear_layers, structured_layers
 
@@ -284,10 +285,12 @@ def test_what_no_rotation_passes_is_refused_and_the_model_is_as_it_was(
     tiny_model: Callable[..., Any], family: str, changes: dict[str, Any], weighting: dict[str, Any], message: str
 ) -> None:
     model = tiny_model(family, **changes)
-    wanted = recipe(weighting=weighting)
-    moments = kp.calibrate(model, [IDS], wanted) if weighting else None
+    # A recipe refuses the metric itself; a plan can still be given it.
+    metric = {"weighting": Weighting(**weighting)}
+    moments = kp.calibrate(model, [IDS], unrotated(recipe()).model_copy(update=metric)) if weighting else None
+    plan = kp.make_plan(model, recipe()).model_copy(update=metric)
     before = snapshot(model)
     with pytest.raises(kp.RequestError, match=message):
-        kp.compress_(model, kp.make_plan(model, wanted), moments=moments)
+        kp.compress_(model, plan, moments=moments)
     assert_untouched(model, before)
     assert model.config.tie_word_embeddings
