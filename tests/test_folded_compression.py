@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -117,6 +117,7 @@ class Spy:
 @dimensions
 @pytest.mark.parametrize("weighting", [{}, INPUT], ids=["plain", "input"])
 @given(seed=seeds)
+@example(seed=24)  # once missed in a metric on the side of the units, whose diagonal hid the planted product
 @few
 def test_a_planted_order_is_found_and_the_model_computes_what_the_dense_one_does(
     tiny_model: Any, family: str, dimension: str, weighting: dict[str, Any], seed: int

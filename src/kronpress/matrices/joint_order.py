@@ -9,8 +9,8 @@ over the matrices, and so features stand side by side: for all matrices with equ
 `regrouped` betters their joint energy. For given A and B what one exchange of two units gains is exact for all
 matrices together, with any places, C and G: a sum of quadratic assignments. What is not: G in a step of `regrouped`,
 where diag(G) scales the rows; exchanges of several copies of a unit under one G, whose gains are added; and the first
-climb in a metric, which takes C for the nearest C1 ⊗ C2 and G for diag(G). These only propose. An order is taken only
-if the energy captured by all matrices together, with C and G as they are, has risen.
+climbs in a metric, which take C for the nearest C1 ⊗ C2 and G for diag(G), or for I. These only propose. An order is
+taken only if the energy captured by all matrices together, with C and G as they are, has risen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -117,8 +117,9 @@ def nearest_joint_order(
 ) -> JointOrder:
     """The best order that is found from several starts: a local optimum of the energy that all matrices capture.
 
-    The climb is first made with C and G taken for separable and diagonal, where all fits are closed forms, and goes
-    on from there in the metrics as they are. In the end the sums are fitted in full in the given order and in the
+    The climb is first made with C taken for separable and G for diagonal, where all fits are closed forms, and goes on
+    from there in the metrics as they are; and once more with G left out, as a sum that is exact in the Frobenius norm
+    is so in any metric, and diag(G) would hide it. In the end the sums are fitted in full in the given order and in the
     found one, and the given one is kept if the other is no better.
 
     Starts as in `nearest_permuted_sum`; `matching` is the best of the matrices' own matchings, so that permuted
@@ -149,12 +150,14 @@ def nearest_joint_order(
     total = sum(matrix.importance * matrix.energy for matrix in seeing)
     if not seeing:
         return JointOrder(given, (1.0,), starts[0])
-    simple = [_simplified(matrix) for matrix in seeing]
+    simplified = [[_simplified(matrix) for matrix in seeing]]
+    if any(matrix.metric.output is not None for matrix in seeing):
+        simplified.append([_simplified(_without_output(matrix)) for matrix in seeing])
     is_simple = all(matrix.metric == Metric() for matrix in seeing)
 
     unpermuted = _fitted(seeing, given)
     path, won = [unpermuted], starts[0]
-    for start in starts:
+    for start, simple in product(starts, simplified):
         climbed = _climb(simple, labels, _fitted(simple, _started(simple, labels, start)))
         if not is_simple:
             climbed = _climb(seeing, labels, _fitted(seeing, climbed[-1].order))
@@ -223,6 +226,10 @@ def _simplified(matrix: SharedMatrix) -> SharedMatrix:
         roots = (square_root(side, floor=0)[0] for side in separable(matrix.metric.input, n1, n2))
         weight = columns_times(weight, *roots)
     return replace(matrix, weight=weight, metric=Metric())
+
+
+def _without_output(matrix: SharedMatrix) -> SharedMatrix:
+    return replace(matrix, metric=Metric(matrix.metric.input))
 
 
 def _scaled_rows(matrix: SharedMatrix) -> Tensor:
