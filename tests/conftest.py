@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +29,10 @@ from transformers import (
 
 import kronpress as kp
 
+# The same examples in every run; `--hypothesis-profile=explore`, which pytest reads after this, draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile("repeatable")
 # On matrices of a few thousand entries a second thread only waits, and on a busy machine for long.
 torch.set_num_threads(1)
 # Trainer collects garbage before each training; looking through everything imported takes longer than the training.
@@ -57,6 +62,20 @@ TINY_RECIPES: dict[str, dict[str, Any]] = {
         "targets": "blocks",
         "structure": "permuted_kronecker",
         "spec": {"right_shape": [2, 4], "num_terms": 3},
+    },
+    "monarch": {
+        "name": "tiny-monarch",
+        "targets": "blocks",
+        "structure": "monarch",
+        "spec": {"output_blocks": 4, "input_blocks": 2},
+        "budget": {"kept_of_targets": 0.5},
+    },
+    "tensor_train": {
+        "name": "tiny-tensor-train",
+        "targets": "blocks",
+        "structure": "tensor_train",
+        "spec": {"num_cores": 3},
+        "budget": {"kept_of_targets": 0.5},
     },
 }
 

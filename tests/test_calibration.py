@@ -1,13 +1,11 @@
-"""Calibration: moments equal slow references however the data are divided; models come back as they were; files."""
+"""Calibration: moments equal slow references however the data are divided; models come back as they were."""
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,51 +13,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from samples.calibration import Build, Reader, assert_same, padded, recipe, rows_of_three, tokens
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import kronpress as kp
-from kronpress.calibration import (
-    BlockStream,
-    Moments,
-    calibrate,
-    calibration_batches,
-    load_moments,
-    moments_key,
-    num_bytes,
-)
+from kronpress.calibration import BlockStream, Moments, calibrate, calibration_batches, moments_key, num_bytes
 from kronpress.calibration import sensitivity as sensitivity_module
 from kronpress.calibration import sums as sums_module
 from kronpress.calibration.batches import Part, divide
-from kronpress.calibration.states import StatesFile
-from kronpress.families import FAMILIES as KNOWN_FAMILIES
 from kronpress.matrices.moments import InputMoments
 from kronpress.recipe import Calibration, Recipe, load_recipe
 from kronpress.surgery import linear_layers
 
 FAMILIES = ["gpt2", "opt", "llama", "qwen2"]
-Build = Callable[..., PreTrainedModel]
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def recipe(targets: Any = "blocks", seed: int = 0, **changes: Any) -> Recipe:
-    """Low rank over `targets`, nothing held out and no gradients unless asked for."""
-    calibration = Calibration(**{"held_out": 0.0, "sensitivity": False, **changes})
-    return Recipe(targets=targets, structure="low_rank", seed=seed, calibration=calibration)
-
-
-def tokens(sequences: int = 6, length: int = 9, seed: int = 0) -> Tensor:
-    return torch.randint(300, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
 def all_inputs(model: nn.Module, batches: Iterable[dict[str, Any]], names: Iterable[str]) -> dict[str, list[Tensor]]:
@@ -95,39 +63,6 @@ def assert_moments(actual: Mapping[str, InputMoments], expected: Mapping[str, An
         torch.testing.assert_close(actual[name].second, torch.from_numpy(second), rtol=rtol, atol=1e-12)
         torch.testing.assert_close(actual[name].mean, torch.from_numpy(mean), rtol=rtol, atol=1e-12)
         assert actual[name].num_tokens == num_tokens
-
-
-def assert_same(actual: Mapping[str, InputMoments], expected: Mapping[str, InputMoments], rtol: float) -> None:
-    assert list(actual) == list(expected)
-    for name, moments in expected.items():
-        assert actual[name].num_tokens == moments.num_tokens
-        for part in ("second", "mean", "gradient", "held_out"):
-            one, other = getattr(actual[name], part), getattr(moments, part)
-            assert (one is None) == (other is None), (name, part)
-            if one is not None:
-                torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * other.abs().max().item())
-
-
-class Reader(nn.Module):
-    """Layers a and b of 3 features each, which read what `feed` makes of x; the logits come from both."""
-
-    def __init__(self, feed: Callable[[Reader, Tensor], tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(3, 4).double()
-        self.feed = feed
-
-    def forward(self, x: Tensor) -> Any:
-        a, b = self.feed(self, x)
-        return SimpleNamespace(logits=a + b)
-
-
-def rows_of_three(sequences: int = 2, length: int = 5) -> Tensor:
-    return torch.randn(sequences, length, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def names_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
 
 
 def outer_mean(x: Tensor) -> Tensor:
@@ -216,6 +151,13 @@ def test_constant_and_zero_inputs_have_finite_moments() -> None:
     constant = torch.tensor([0.0, 2.0, -1.0]).double()
     torch.testing.assert_close(moments["0"].second, constant[:, None] * constant, rtol=0, atol=0)
     torch.testing.assert_close(moments["0"].mean, constant, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_another_device_gives_moments_on_the_cpu(tiny_model: Build) -> None:
+    wanted = recipe(sensitivity=True, held_out=0.5)
+    moments = calibrate(tiny_model("llama").double().cuda(), [tokens()], wanted)
+    assert_same(moments, calibrate(tiny_model("llama").double(), [tokens()], wanted), rtol=1e-8)
 
 
 # ---- layers that read the same tensor ----
@@ -332,17 +274,6 @@ def test_held_out_sequences_are_in_nothing_else(tiny_model: Build) -> None:
         torch.testing.assert_close(layer.held_out, apart[name].second)
         torch.testing.assert_close(layer.second, rest[name].second)
         torch.testing.assert_close(layer.gradient, rest[name].gradient)
-
-
-def padded(sequences: list[Tensor]) -> dict[str, Tensor]:
-    """The sequences with random tokens behind them up to one length, and the mask that hides these."""
-    length = max(map(len, sequences)) + 2
-    ids = tokens(len(sequences), length, seed=9)
-    mask = torch.zeros(len(sequences), length, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @every_family
@@ -556,186 +487,6 @@ def test_too_few_tokens_are_told_and_enough_are_not(tiny_model: Build) -> None:
     assert len(told) == 1
 
 
-# ---- files ----
-
-
-def same_file_content(moments: Moments, path: Path) -> None:
-    loaded = load_moments(path, moments.key)
-    assert loaded.key == moments.key
-    assert_same(loaded, moments, rtol=0)
-    for name, other in [(name, other) for name in moments for other in moments]:
-        for part in ("second", "mean", "gradient", "held_out"):
-            together = getattr(moments[name], part) is getattr(moments[other], part)
-            assert (getattr(loaded[name], part) is getattr(loaded[other], part)) == together
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("changes", [{}, {"sensitivity": True, "held_out": 0.5}])
-def test_moments_go_round_through_a_file(
-    family: str, changes: dict[str, Any], tiny_model: Build, tmp_path: Path
-) -> None:
-    path = tmp_path / "new" / "moments.safetensors"
-    moments = calibrate(tiny_model(family), [tokens()], recipe(**changes))
-    moments.save(path)
-    same_file_content(moments, path)
-    stored = {id(t): t.nbytes for layer in moments.values() for t in vars(layer).values() if isinstance(t, Tensor)}
-    header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
-    assert path.stat().st_size == 8 + header_bytes + sum(stored.values())
-    assert header_bytes < 1500 * len(moments)
-    assert names_in(path.parent) == ["moments.safetensors"]
-
-
-def test_moments_cannot_be_changed(tiny_model: Build) -> None:
-    moments = calibrate(tiny_model("gpt2"), [tokens()], recipe())
-    with pytest.raises(TypeError):
-        moments["x"] = next(iter(moments.values()))  # type: ignore[index]
-    with pytest.raises(TypeError):
-        moments.table["x"] = {}  # type: ignore[index]
-    with pytest.raises(TypeError):
-        moments.tensors["x"] = torch.zeros(1)  # type: ignore[index]
-    with pytest.raises(AttributeError):
-        moments.key = "x"  # type: ignore[misc]
-
-
-def small_moments() -> Moments:
-    model = nn.Sequential(nn.Linear(3, 5)).double()
-    return calibrate(model, [{"input": rows_of_three()}], recipe("0"))
-
-
-def test_a_file_of_another_key_is_refused(tmp_path: Path) -> None:
-    small_moments().save(tmp_path / "a")
-    with pytest.raises(kp.RequestError, match=r"moments of another model, other targets or other data: '.*a' has"):
-        load_moments(tmp_path / "a", "0123456789abcdef")
-    assert list(load_moments(tmp_path / "a")) == ["0"]
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(kp.RequestError, match=r"no moments file '.*nothing'"):
-        load_moments(tmp_path / "nothing")
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncate,
-        flip_a_bit,
-        lambda path: path.write_text("no such thing"),
-        lambda path: path.write_bytes(b""),
-        lambda path: save_file({"x": torch.zeros(2)}, path),
-        lambda path: save_file({"x": torch.zeros(2)}, path, {"kronpress.moments": "[]"}),
-    ],
-    ids=["truncated", "a bit", "text", "empty", "another file", "no layers"],
-)
-def test_a_damaged_file_is_told(damage: Callable[[Path], None], tmp_path: Path) -> None:
-    path = tmp_path / "moments.safetensors"
-    small_moments().save(path)
-    damage(path)
-    with pytest.raises(kp.WorkError, match=r"moments\.safetensors' is damaged.*delete it"):
-        load_moments(path)
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "moments.safetensors"
-    old = small_moments()
-    old.save(path)
-
-    with no_file_beyond(path.stat().st_size - 1), pytest.raises(kp.WorkError, match=r"could not write '.*too large"):
-        old.save(path)
-    assert names_in(tmp_path) == ["moments.safetensors"]
-    same_file_content(old, path)
-    with pytest.raises(kp.WorkError, match="could not write"):
-        old.save(path / "below a file")
-
-
-# ---- keys and the cache ----
-
-
-def test_moments_in_the_cache_are_not_computed_again(tiny_model: Build, tmp_path: Path) -> None:
-    model, told = tiny_model("llama"), []
-    wanted = recipe(sensitivity=True, held_out=0.5)
-    first = calibrate(model, tokens().split(2), wanted, cache=tmp_path / "cache")
-    assert names_in(tmp_path / "cache") == [f"{first.key}.safetensors"]
-    handle = model.register_forward_pre_hook(lambda *_: pytest.fail("the model is run"))
-    again = calibrate(model, iter(tokens().split(3)), wanted, cache=tmp_path / "cache", messages=told.append)
-    assert again.key == first.key
-    assert_same(again, first, rtol=0)
-    # Shortage is told all the same.
-    assert "read from" in told[0]
-    assert "are few" in told[1]
-    handle.remove()
-    other = calibrate(model, [tokens(seed=1)], wanted, cache=tmp_path / "cache")
-    assert len(names_in(tmp_path / "cache")) == 2
-    assert (other["model.layers.0.mlp.up_proj"].second - first["model.layers.0.mlp.up_proj"].second).norm() > 0.01
-    truncate(tmp_path / "cache" / f"{first.key}.safetensors")
-    with pytest.raises(kp.WorkError, match="is damaged"):
-        calibrate(model, [tokens()], wanted, cache=tmp_path / "cache")
-
-
-def test_the_key_changes_with_whatever_changes_the_moments(tiny_model: Build) -> None:
-    def key(model: nn.Module, data: Any = None, wanted: Recipe | None = None) -> str:
-        return moments_key(model, wanted or recipe(), [tokens()] if data is None else data)
-
-    model = tiny_model("llama")
-    with torch.no_grad():
-        other_weight = tiny_model("llama")
-        other_weight.model.norm.weight[0] += 1e-6
-        other_buffer = tiny_model("llama")
-        other_buffer.model.rotary_emb.inv_freq[0] += 1e-6
-    ids = tokens()
-    ids[-1, -1] = (ids[-1, -1] + 1) % 300
-    keys = [
-        key(model),
-        key(other_weight),
-        key(other_buffer),
-        key(tiny_model("llama", num_key_value_heads=2, rms_norm_eps=0.1)),
-        key(tiny_model("llama", head_dim=4, attention_dropout=0.5)),
-        key(tiny_model("llama").double()),
-        key(model, [ids]),
-        key(model, [tokens()[:, :-1]]),
-        key(model, [tokens(), tokens()]),
-        key(model, [tokens().flip(0)]),
-        key(model, [{"input_ids": tokens()}]),
-        key(model, [padded(list(tokens()))]),
-        key(model, wanted=recipe("mlp")),
-        key(model, wanted=recipe(seed=1)),
-        key(model, wanted=recipe(held_out=0.5)),
-        key(model, wanted=recipe(sensitivity=True)),
-        key(nn.Sequential(nn.Linear(3, 3, bias=False), nn.GELU()), [{"input": rows_of_three()}], recipe("0")),
-    ]
-    assert len(set(keys)) == len(keys)
-
-
-def test_the_key_knows_modules_without_weights() -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(3, 3)
-    batches = [{"input": rows_of_three().float()}]
-    keys = {moments_key(nn.Sequential(linear, each), recipe("0"), batches) for each in (nn.GELU(), nn.ReLU())}
-    assert len(keys) == 2
-
-
-def test_the_key_does_not_change_where_the_moments_stay(
-    tiny_model: Build, save_tiny_checkpoint: Any, tmp_path: Path
-) -> None:
-    model = tiny_model("qwen2")
-    key = moments_key(model, recipe(), [tokens()])
-    renamed = recipe().model_copy(update={"name": "x", "budget": kp.recipe.Budget(params=5)})
-    assert moments_key(model, renamed, iter(tokens().split(4))) == key
-    half_frozen_model = tiny_model("qwen2").train().requires_grad_(False)
-    assert moments_key(half_frozen_model, recipe(), [tokens()]) == key
-    loaded = kp.load_model(str(save_tiny_checkpoint(model, tmp_path))).model
-    assert moments_key(loaded.cpu(), recipe(), [tokens()]) == key
-
-
 # ---- what is refused ----
 
 
@@ -870,158 +621,3 @@ def test_text_to_moments_of_every_planned_layer(
         assert layer.num_tokens == 4 * 16
         assert layer.second.shape == layer.held_out.shape == (layers[name].in_features,) * 2
         assert layer.gradient.shape == (layers[name].out_features,) * 2
-
-
-# ---- block by block ----
-
-
-def names_in_block(model: PreTrainedModel, index: int) -> list[str]:
-    return [name for name in linear_layers(model) if f".{index}." in name]
-
-
-def streamed(model: PreTrainedModel, batches: Iterable[Any], folder: Path, **options: Any) -> dict[str, InputMoments]:
-    moments: dict[str, InputMoments] = {}
-    with BlockStream(model, batches, folder, **options) as stream:
-        for index in range(stream.num_blocks):
-            moments |= stream.moments(index, names_in_block(model, index))
-            stream.advance(index)
-    return moments
-
-
-@every_family
-def test_the_block_stream_measures_what_calibrate_does(family: str, tiny_model: Build, tmp_path: Path) -> None:
-    model = tiny_model(family)
-    batches = [tokens(4), padded([tokens(1, 7)[0], tokens(1, 3)[0]]), {"input_ids": tokens(2), "use_cache": True}]
-    moments = streamed(model, iter(batches), tmp_path / "new", held_out=0.4)
-    assert_same(moments, calibrate(model, batches, recipe(held_out=0.4)), rtol=1e-6)
-    assert names_in(tmp_path / "new") == []
-    query, key = names_in_block(model, 0)[:2]
-    assert (moments[query].second is moments[key].second) == (family != "gpt2")
-
-
-@pytest.mark.parametrize("model_type", sorted(set(KNOWN_FAMILIES) - set(FAMILIES)))
-def test_every_known_family_can_be_streamed(model_type: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    heads = {"num_key_value_heads": 1, "head_dim": 8}
-    config = AutoConfig.for_model(model_type, vocab_size=300, pad_token_id=0, **sizes, **heads)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    assert_same(streamed(model, [tokens()], tmp_path), calibrate(model, [tokens()], recipe()), rtol=1e-6)
-
-
-def test_every_block_gets_its_own_mask(tiny_model: Build, tmp_path: Path) -> None:
-    model = tiny_model("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1)
-    assert len(set(model.config.layer_types)) == 2
-    expected = calibrate(model, [tokens()], recipe())
-    assert_same(streamed(model, [tokens()], tmp_path), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_states_keep_the_models_dtype(dtype: torch.dtype, tiny_model: Build, tmp_path: Path) -> None:
-    model, told = tiny_model("llama").to(dtype), []
-    moments = streamed(model, [tokens()], tmp_path, messages=told.append)
-    assert_same(moments, calibrate(model, [tokens()], recipe()), rtol=1e-12)
-    needed = 6 * 9 * 16 * dtype.itemsize
-    assert told == [f"the hidden states of 54 tokens take {needed / 1e6:,.1f} MB in {str(tmp_path)!r}"]
-
-
-@every_family
-def test_later_blocks_see_what_the_replaced_ones_give(family: str, tiny_model: Build, tmp_path: Path) -> None:
-    def compress_first_block_(model: PreTrainedModel) -> None:
-        targets = [name.replace(".", r"\.") for name in names_in_block(model, 0)]
-        wanted = Recipe(targets=targets, structure="low_rank", spec={"rank": 3})
-        kp.compress_(model, kp.make_plan(model, wanted))
-
-    model, replaced = tiny_model(family), tiny_model(family)
-    names = names_in_block(model, 1)
-    with BlockStream(model, tokens().split(4), tmp_path) as stream:
-        compress_first_block_(model)
-        stream.advance(0)
-        moments = stream.moments(1, names)
-        assert_same(stream.moments(1, names[:1]), {names[0]: moments[names[0]]}, rtol=0)
-    compress_first_block_(replaced)
-    targets = recipe([name.replace(".", r"\.") for name in names])
-    assert_same(moments, calibrate(replaced, [tokens()], targets), rtol=1e-6)
-    dense = calibrate(tiny_model(family), [tokens()], targets)
-    assert (dense[names[0]].second - moments[names[0]].second).norm() > 0.01 * dense[names[0]].second.norm()
-
-
-def test_blocks_come_in_order_and_layers_from_their_block(tiny_model: Build, tmp_path: Path) -> None:
-    model = tiny_model("gpt2")
-    with BlockStream(model, [tokens()], tmp_path) as stream:
-        for call in (stream.advance, lambda index: stream.moments(index, [])):
-            with pytest.raises(kp.RequestError, match="block 1: the stream stands before block 0 of 2"):
-                call(1)
-        for name in ("transformer.h.1.mlp.c_fc", "mlp.c_fc", "transformer.h.0.mlp", "transformer.h.0.ln_1"):
-            with pytest.raises(kp.RequestError, match=f"block 0 has no linear layer {name!r}"):
-                stream.moments(0, [name])
-        stream.advance(0)
-        stream.advance(1)
-        with pytest.raises(kp.RequestError, match="block 2: the stream stands before block 2 of 2"):
-            stream.moments(2, [])
-
-
-def test_a_model_of_an_unknown_family_has_no_stream(tmp_path: Path) -> None:
-    with pytest.raises(kp.RequestError, match="a model of type None cannot be run: known types are gpt2"):
-        BlockStream(nn.Sequential(nn.Linear(2, 2)), [tokens()], tmp_path)
-
-
-def test_too_little_disk_space_is_told_before_anything_is_written(
-    tiny_model: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed = 6 * 9 * 16 * 4
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    monkeypatch.setattr(StatesFile, "write", lambda *_: pytest.fail("written"))
-    with pytest.raises(kp.WorkError, match=r"the hidden states need 0\.0 MB, and '.*' has 0\.0 MB free"):
-        BlockStream(tiny_model("gpt2"), [tokens()], tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed))
-    BlockStream(tiny_model("gpt2"), [tokens()], tmp_path).close()
-
-
-@contextmanager
-def no_file_beyond(num_bytes_allowed: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes_allowed, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_disk_that_fills_up_is_told_and_ends_the_stream(tiny_model: Build, tmp_path: Path) -> None:
-    model = tiny_model("gpt2")
-    batches = tokens().split(2)
-    with no_file_beyond(1500), pytest.raises(kp.WorkError, match=r"the hidden states could not be kept in '.*': "):
-        BlockStream(model, batches, tmp_path)
-    with BlockStream(model, batches, tmp_path) as stream:
-        with no_file_beyond(1500), pytest.raises(kp.WorkError, match="could not be kept"):
-            stream.advance(0)
-        with pytest.raises(kp.WorkError, match="broke off inside a block"):
-            stream.advance(0)
-        with pytest.raises(kp.WorkError, match="broke off inside a block"):
-            stream.moments(0, names_in_block(model, 0))
-    (tmp_path / "file").touch()
-    with pytest.raises(kp.WorkError, match="could not be kept"):
-        BlockStream(model, batches, tmp_path / "file")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_one_block_at_a_time_is_on_the_compute_device(tiny_model: Build, tmp_path: Path) -> None:
-    model, devices = tiny_model("llama"), []
-    blocks = list(model.model.layers)
-    for block in blocks:
-        block.register_forward_pre_hook(
-            lambda *_: devices.append([next(each.parameters()).device.type for each in blocks])
-        )
-    moments = streamed(model, [tokens()], tmp_path, device="cuda")
-    assert {tuple(each) for each in devices} == {("cuda", "cpu"), ("cpu", "cuda")}
-    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-    assert_same(moments, calibrate(model, [tokens()], recipe()), rtol=1e-3)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_model_on_another_device_gives_moments_on_the_cpu(tiny_model: Build) -> None:
-    wanted = recipe(sensitivity=True, held_out=0.5)
-    moments = calibrate(tiny_model("llama").double().cuda(), [tokens()], wanted)
-    assert_same(moments, calibrate(tiny_model("llama").double(), [tokens()], wanted), rtol=1e-8)

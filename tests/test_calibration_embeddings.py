@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples.calibration import Build, assert_same, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -20,11 +21,9 @@ import kronpress as kp
 from kronpress.calibration import SequentialInputs, calibrate, load_moments, moments_key
 from kronpress.calibration import whole_model as whole_model_module
 from kronpress.matrices import STRUCTURES
-from kronpress.matrices.moments import InputMoments
 from kronpress.recipe import Calibration, Recipe, Weighting
 from kronpress.surgery import replace_by_matrix_, tied_heads, to_dense_
 
-Build = Callable[..., PreTrainedModel]
 TABLES = {
     "gpt2": "transformer.wte",
     "opt": "model.decoder.embed_tokens",
@@ -32,7 +31,7 @@ TABLES = {
     "qwen2": "model.embed_tokens",
 }
 every_family = pytest.mark.parametrize("family", TABLES)
-IDS = torch.randint(300, (6, 7), generator=torch.Generator().manual_seed(0))
+IDS = tokens(6, 7)
 
 
 def recipe(targets: Any, sensitivity: bool = True, held_out: float = 0.0, seed: int = 0, **changes: Any) -> Recipe:
@@ -42,22 +41,6 @@ def recipe(targets: Any, sensitivity: bool = True, held_out: float = 0.0, seed: 
 
 def table_of(family: str, **changes: Any) -> Recipe:
     return recipe([TABLES[family].replace(".", r"\.")], **changes)
-
-
-def assert_near(actual: InputMoments, expected: InputMoments, rtol: float) -> None:
-    for part in fields(InputMoments):
-        one, other = getattr(actual, part.name), getattr(expected, part.name)
-        assert (one is None) == (other is None), part.name
-        if isinstance(other, Tensor):
-            torch.testing.assert_close(one, other, rtol=rtol, atol=rtol * other.abs().max().item())
-        else:
-            assert one == other
-
-
-def assert_all_near(actual: Mapping[str, InputMoments], expected: Mapping[str, InputMoments], rtol: float) -> None:
-    assert list(actual) == list(expected)
-    for name, moments in expected.items():
-        assert_near(actual[name], moments, rtol)
 
 
 # ---- embeddings ----
@@ -135,7 +118,7 @@ def test_hidden_tokens_are_not_counted(
         if not knows_blocks:
             patch.setattr(whole_model_module, "block_prefix", lambda _: None)
         found, expected = (calibrate(model, batches, wanted)[TABLES[family]] for batches in ([padded], alone))
-    assert_near(found, expected, rtol=1e-8)
+    assert_same({"table": found}, {"table": expected}, rtol=1e-8)
     assert found.counts.sum() == found.num_tokens == sum(lengths)
 
 
@@ -145,9 +128,9 @@ def test_an_embedding_beside_the_blocks_changes_nothing_of_theirs(tiny_model: Bu
     alone = calibrate(model, [IDS], recipe([blocks], held_out=0.4))
     together = calibrate(model, [IDS], recipe([blocks, r"transformer\.wte"], held_out=0.4), cache=tmp_path, max_bytes=1)
     assert list(together) == ["transformer.wte", *alone]
-    assert_all_near({name: together[name] for name in alone}, alone, rtol=0)
+    assert_same({name: together[name] for name in alone}, alone, rtol=0)
     assert together.num_tokens("transformer.wte") == together["transformer.wte"].num_tokens == 4 * 7
-    assert_all_near(load_moments(tmp_path / f"{together.key}.safetensors", together.key), together, rtol=0)
+    assert_same(load_moments(tmp_path / f"{together.key}.safetensors", together.key), together, rtol=0)
 
 
 def test_an_embedding_that_is_never_looked_up_is_named(tiny_model: Build) -> None:
@@ -178,7 +161,7 @@ def test_a_compressed_model_is_measured_as_the_dense_one_that_computes_the_same(
     dense = copy.deepcopy(model)
     to_dense_(dense)
     wanted = recipe(targets, held_out=0.4) if targets != "table" else table_of(family, held_out=0.4)
-    assert_all_near(calibrate(model, [IDS], wanted), calibrate(dense, [IDS], wanted), rtol=1e-5)
+    assert_same(calibrate(model, [IDS], wanted), calibrate(dense, [IDS], wanted), rtol=1e-5)
 
 
 def test_the_compressed_stream_begins_with_the_embedding_as_it_is(tiny_model: Build, tmp_path: Path) -> None:
@@ -216,4 +199,4 @@ def test_gradients_are_measured_for_the_metrics_that_look_at_them(
     found = calibrate(model, [IDS], wanted)
     assert found.key == moments_key(model, wanted, [IDS])
     assert all((moments.gradient is not None) == is_of_use for moments in found.values())
-    assert_all_near({name: replace(moments, gradient=None) for name, moments in found.items()}, expected, rtol=1e-6)
+    assert_same({name: replace(moments, gradient=None) for name, moments in found.items()}, expected, rtol=1e-6)

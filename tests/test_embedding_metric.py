@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples.matrices import normal
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -29,10 +30,6 @@ IDS = torch.randint(300, (12, 24), generator=torch.Generator().manual_seed(3))
 TABLES = {"gpt2": "transformer.wte", "opt": "model.decoder.embed_tokens", "llama": "model.embed_tokens"}
 seeds = st.integers(0, 2**31)
 laws = settings(max_examples=20, deadline=None)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def recipe(**changes: Any) -> kp.Recipe:

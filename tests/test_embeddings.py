@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from samples.networks import count_numbers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -20,7 +21,9 @@ FAMILIES = ("gpt2", "opt", "llama", "qwen2")
 SPECS: dict[str, dict[str, Any]] = {
     "kronecker": {"right_shape": [1, 2], "num_terms": 1},
     "low_rank": {"rank": 5},
+    "monarch": {"output_blocks": 4, "input_blocks": 2, "rank": 2},
     "permuted_kronecker": {"right_shape": [2, 2], "num_terms": 2},
+    "tensor_train": {"num_cores": 3, "rank": 3},
 }
 EVERY_CASE = pytest.mark.parametrize(("family", "structure"), list(itertools.product(FAMILIES, SPECS)))
 IDS = torch.tensor([[7, 281, 3, 90, 90, 14, 255, 1], [9, 8, 7, 6, 5, 4, 3, 2]])
@@ -34,11 +37,6 @@ def compressed(model: PreTrainedModel, structure: str, **changes: Any) -> kp.Pla
     plan = kp.make_plan(model, recipe(structure, **changes))
     kp.compress_(model, plan)
     return plan
-
-
-def count(model: nn.Module) -> int:
-    """Numbers in distinct storage."""
-    return sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
 
 
 @torch.no_grad()
@@ -75,7 +73,7 @@ def test_the_model_is_the_dense_one_with_the_structured_table(tiny_model, family
         expected.get_input_embeddings().weight = nn.Parameter(table)
         expected.lm_head.weight = nn.Parameter(table if was_tied and head == "tied" else before)
     torch.testing.assert_close(logits_of(model), logits_of(expected), rtol=1e-4, atol=1e-5)
-    assert plan.num_params == count(model)
+    assert plan.num_params == count_numbers(model)
     assert plan.num_params_untied == (before.numel() if was_tied and head == "dense" else 0)
 
 
@@ -88,7 +86,7 @@ def test_loading_gives_back_the_same_model_with_its_ties(tiny_model, tmp_path: P
         model.save_pretrained(tmp_path / folder, max_shard_size=limit)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         assert_same(logits_of(loaded), logits_of(model))
-        assert count(loaded) == plan.num_params
+        assert count_numbers(loaded) == plan.num_params
     heads = plan.layers[next(iter(plan.layers))].heads
     for name in heads:
         assert loaded.get_submodule(name).weight is loaded.get_input_embeddings().weight
@@ -165,7 +163,7 @@ def test_an_embedding_can_be_compressed_again(tiny_model) -> None:
     expected = model.get_input_embeddings().weight.detach()
     for plan in plans:
         kp.compress_(model, plan)
-        assert plan.num_params == count(model)
+        assert plan.num_params == count_numbers(model)
     assert [plan.stage for plan in plans] == [1, 2, 3]
     assert [len(plan.new_layers) for plan in plans] == [1, 4, 1]
     assert plans[-1].layers["transformer.wte"].spec.right_shape == (1, 4)
@@ -195,5 +193,5 @@ def test_position_embeddings_can_be_named(tiny_model) -> None:
     model = tiny_model("gpt2")
     plan = compressed(model, "low_rank", targets=r"transformer\.wpe")
     assert isinstance(model.transformer.wpe, kp.StructuredEmbedding)
-    assert plan.num_params == count(model)
+    assert plan.num_params == count_numbers(model)
     assert plan.flops_per_token == plan.flops_per_token_dense

@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from samples.matrices import generator, order_within
+from samples.networks import count_numbers, plant_products_
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 
 import kronpress as kp
 from kronpress import compression
@@ -45,29 +47,12 @@ def of_table(side: int, **changes: Any) -> dict[str, Any]:
     return {"targets": "embedding", "spec": {"right_shape": [1, side], "num_terms": 1}, **changes}
 
 
-def random_order(labels: Tensor, seed: int) -> Tensor:
-    """A permutation of units inside each label."""
-    generator, order = torch.Generator().manual_seed(seed), torch.arange(len(labels))
-    for label in labels.unique():
-        members = torch.nonzero(labels == label).flatten()
-        order[members] = members[torch.randperm(len(members), generator=generator)]
-    return order
-
-
 def plant_(model: PreTrainedModel, plan: kp.Plan, folding: tuple[str, ...], seed: int) -> None:
     """Make every planned weight an exact product of its sizes, and hide that by renumbering the units."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, layer in plan.layers.items():
-        weight = dense_weight(model.get_submodule(name))
-        left, right = (
-            torch.randn(*shape, generator=generator, dtype=torch.float64)
-            for shape in (layer.spec.left_shape, layer.spec.right_shape)
-        )
-        planted = torch.kron(left, right)
-        weight.copy_(planted * weight.norm() / planted.norm())
+    plant_products_(model, plan, generator(seed))
     for name, dimension in free_dimensions(model).items():
         if name.partition(".")[0] in folding:
-            fold_(model, dimension, random_order(dimension.labels, seed))
+            fold_(model, dimension, order_within(dimension.labels, seed))
 
 
 @torch.no_grad()
@@ -77,11 +62,6 @@ def logits_of(model: nn.Module) -> Tensor:
 
 def assert_same(found: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
-
-
-def count(model: nn.Module) -> int:
-    """Numbers in distinct storage."""
-    return sum({parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}.values())
 
 
 def moments_for(model: PreTrainedModel, wanted: kp.Recipe) -> Mapping[str, InputMoments] | None:
@@ -227,9 +207,8 @@ def test_folded_layers_store_no_order_and_no_more_than_unfolded_ones(tiny_model:
     assert shapes == plain_shapes
     assert [name for name, _ in student.named_buffers()] == [name for name, _ in model.named_buffers()]
     assert [type(module) for module in student.modules()] == [type(module) for module in plain.modules()]
-    assert (
-        count(student) == plan.num_params == kp.make_plan(model, wanted.model_copy(update={"folding": []})).num_params
-    )
+    unfolded = kp.make_plan(model, wanted.model_copy(update={"folding": []}))
+    assert count_numbers(student) == plan.num_params == unfolded.num_params
     student.save_pretrained(tmp_path / "compressed")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")
     assert_same(logits_of(loaded), logits_of(student), 0)
@@ -288,7 +267,7 @@ def test_the_third_stage_folds_the_stream_through_permuted_layers(
         middle, spy.folded = copy.deepcopy(model), []
         plan = kp.make_plan(model, part, before=plan)
         kp.compress_(model, plan)
-        assert plan.num_params == count(model)
+        assert plan.num_params == count_numbers(model)
         assert spy.num_moved == 1
     assert plan is not None and plan.stage == 3
     ((residual, order),) = spy.folded
@@ -309,7 +288,7 @@ def test_the_third_stage_folds_the_stream_through_permuted_layers(
     model.float().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same(logits_of(loaded), logits_of(model), 0)
-    assert count(loaded) == plan.num_params
+    assert count_numbers(loaded) == plan.num_params
 
 
 def test_later_stages_are_planned_alike_from_shapes_and_as_they_come(tiny_model: Any) -> None:
@@ -340,7 +319,7 @@ def test_a_plan_for_folded_matrices_leaves_model_and_moments_as_they_are(tiny_mo
     assert plan.kept_of_targets <= 0.4
     reports = kp.compress_(model, plan, moments=moments)
     assert list(reports) == list(plan.layers)
-    assert count(model) == plan.num_params
+    assert count_numbers(model) == plan.num_params
     assert logits_of(model).isfinite().all()
 
 
@@ -357,6 +336,18 @@ def test_models_whose_dimensions_are_not_known_are_refused_and_left_alone() -> N
         kp.compress_(model, plan)
     assert not structured_layers(model)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_folding_a_model_of_unknown_type_is_refused_with_the_known_types_and_a_way_out() -> None:
+    config = GPTNeoXConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    wanted = recipe("mlp", targets=r".*dense_h_to_4h")
+    with pytest.raises(
+        kp.RequestError, match=r"folding \['mlp'\]: of a model of type 'gpt_neox'.*gpt2, opt.*permuted_kro"
+    ):
+        kp.make_plan(config, wanted)
+    assert kp.make_plan(config, wanted.model_copy(update={"folding": []})).layers
 
 
 def test_an_unknown_dimension_is_refused_with_the_known_ones() -> None:

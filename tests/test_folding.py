@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples.matrices import order_within
+from samples.networks import CONFIGS, network, some_tokens
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -24,64 +26,13 @@ from kronpress.matrices.permutation import nearest_permuted_sum
 from kronpress.recipe import load_recipe
 from kronpress.surgery import dense_weight, replace_module_
 
-LIKE_LLAMA = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32},
-    "opt": {
-        "hidden_size": 16,
-        "word_embed_proj_dim": 16,
-        "ffn_dim": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 32,
-    },
-    "llama": {**LIKE_LLAMA, "tie_word_embeddings": False},
-    "mistral": {**LIKE_LLAMA, "tie_word_embeddings": True},
-    "qwen2": {**LIKE_LLAMA, "tie_word_embeddings": True},
-    "qwen3": {**LIKE_LLAMA, "tie_word_embeddings": False, "head_dim": 6},
-    "gemma": {**LIKE_LLAMA, "head_dim": 6},
-    "phi3": {**LIKE_LLAMA, "tie_word_embeddings": False},
-}
-TOKENS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
+TOKENS = some_tokens(2, 12)
 families = pytest.mark.parametrize("family", CONFIGS)
-
-
-def tiny(family: str, dtype: torch.dtype = torch.float64, make: Any = AutoModelForCausalLM, **changes: Any) -> Any:
-    """A random model of two blocks, without a parameter that is 0 or 1 as it starts."""
-    common = {
-        "vocab_size": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-        "attn_implementation": "eager",
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = make.from_config(AutoConfig.for_model(family, **{**common, **CONFIGS[family], **changes})).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
-    return model.to(dtype)
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
     return model(TOKENS).logits
-
-
-def random_order(labels: Tensor, seed: int = 0) -> Tensor:
-    """A permutation of units inside each label that moves some."""
-    generator, order = torch.Generator().manual_seed(seed), torch.arange(len(labels))
-    for label in labels.unique():
-        members = torch.nonzero(labels == label).flatten()
-        order[members] = members[torch.randperm(len(members), generator=generator)]
-    return order
 
 
 def test_every_family_is_covered() -> None:
@@ -90,7 +41,7 @@ def test_every_family_is_covered() -> None:
 
 @families
 def test_the_logits_stay_and_every_use_moves(family: str) -> None:
-    model = tiny(family)
+    model = network(family)
     before = logits(model)
     dimensions = free_dimensions(model)
     assert list(dimensions) == ["mlp.0", "value.0", "mlp.1", "value.1", "residual"]
@@ -99,7 +50,7 @@ def test_the_logits_stay_and_every_use_moves(family: str) -> None:
             use.module: [each.clone() for each in model.get_submodule(use.module).parameters()]
             for use in dimension.uses
         }
-        fold_(model, dimension, random_order(dimension.labels, len(name)))
+        fold_(model, dimension, order_within(dimension.labels, len(name)))
         for module, parameters in old.items():
             assert not torch.equal(parameters[0], next(model.get_submodule(module).parameters())), (name, module)
         torch.testing.assert_close(
@@ -112,15 +63,15 @@ def test_in_single_precision_the_logits_stay_within_a_hundred_thousandth(family:
     model = tiny_model(family)
     before = logits(model)
     for dimension in free_dimensions(model).values():
-        fold_(model, dimension, random_order(dimension.labels))
+        fold_(model, dimension, order_within(dimension.labels))
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5 * before.abs().max().item())
 
 
 @families
 def test_the_inverse_order_gives_the_model_back(family: str) -> None:
-    model, untouched = tiny(family), tiny(family)
+    model, untouched = network(family), network(family)
     for dimension in free_dimensions(model).values():
-        order = random_order(dimension.labels)
+        order = order_within(dimension.labels)
         fold_(model, dimension, order)
         fold_(model, dimension, order.argsort())
     for name, parameter in untouched.named_parameters():
@@ -136,9 +87,9 @@ def renumbered(order: Tensor, size: int, start: int = 0) -> Tensor:
 
 def test_units_move_as_the_order_says() -> None:
     """By the definition, what was order[u] becomes u: in GPT-2's transposed layers, and in c_attn's last third."""
-    model, old = tiny("gpt2"), tiny("gpt2").transformer.h[1]
+    model, old = network("gpt2"), network("gpt2").transformer.h[1]
     dimensions = free_dimensions(model)
-    hidden, value = (random_order(dimensions[name].labels) for name in ("mlp.1", "value.1"))
+    hidden, value = (order_within(dimensions[name].labels) for name in ("mlp.1", "value.1"))
     fold_(model, dimensions["mlp.1"], hidden)
     fold_(model, dimensions["value.1"], value)
     new = model.transformer.h[1]
@@ -155,9 +106,9 @@ def test_units_move_as_the_order_says() -> None:
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=10, deadline=None)
 def test_two_orders_one_after_the_other_are_one(seed: int) -> None:
-    twice, once = tiny("llama"), tiny("llama")
+    twice, once = network("llama"), network("llama")
     dimension = free_dimensions(twice)["residual"]
-    first, second = random_order(dimension.labels, seed), random_order(dimension.labels, seed + 1)
+    first, second = order_within(dimension.labels, seed), order_within(dimension.labels, seed + 1)
     fold_(twice, dimension, first)
     fold_(twice, dimension, second)
     fold_(once, dimension, first[second])
@@ -168,19 +119,19 @@ def test_two_orders_one_after_the_other_are_one(seed: int) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_across_heads_and_in_one_use_alone_the_logits_change(family: str) -> None:
     """So that the labels and every use are needed."""
-    dimension = free_dimensions(tiny(family))["value.0"]
-    across = random_order(torch.zeros_like(dimension.labels))
+    dimension = free_dimensions(network(family))["value.0"]
+    across = order_within(torch.zeros_like(dimension.labels))
     uses = [(use,) for use in dimension.uses]
     for wrong in (replace(dimension, labels=torch.zeros_like(across)), *(replace(dimension, uses=use) for use in uses)):
-        model = tiny(family)
+        model = network(family)
         before = logits(model)
-        fold_(model, wrong, random_order(wrong.labels) if len(wrong.uses) == 1 else across)
+        fold_(model, wrong, order_within(wrong.labels) if len(wrong.uses) == 1 else across)
         assert (logits(model) - before).abs().max() > 1e-3
 
 
 def test_a_fit_after_the_fold_is_the_permuted_fit() -> None:
     """What the search finds for the rows of one layer is free at run time."""
-    model = tiny("opt")
+    model = network("opt")
     before, layer = logits(model), model.model.decoder.layers[0].fc1
     shapes = ((12, 8), (2, 2))
     found = nearest_permuted_sum(layer.weight, *shapes, columns=False)
@@ -192,7 +143,7 @@ def test_a_fit_after_the_fold_is_the_permuted_fit() -> None:
 
 
 def test_orders_that_are_none_or_cross_a_label_are_refused_and_nothing_moves() -> None:
-    model = tiny("llama")
+    model = network("llama")
     value = free_dimensions(model)["value.0"]
     before = logits(model)
     for order in (torch.zeros(8, dtype=torch.int64), torch.arange(7), torch.arange(9)):
@@ -207,31 +158,31 @@ def test_models_that_are_not_known_are_refused(tiny_compressed: Any) -> None:
     with pytest.raises(RequestError, match=r"unknown model type 'gpt_neo'.*Allowed: gpt2, opt"):
         free_dimensions(tiny_of_no_family())
     with pytest.raises(RequestError, match=r"the gpt2 model has no module 'transformer\.h': give one with its head"):
-        free_dimensions(tiny("gpt2", make=AutoModel))
+        free_dimensions(network("gpt2", make=AutoModel))
     compressed = tiny_compressed("llama", "low_rank")
     with pytest.raises(RequestError, match=r"gate_proj is a StructuredLinear that stores no row_order: permutations"):
         fold_(compressed, free_dimensions(compressed)["mlp.0"], torch.arange(48))
-    headless = tiny("llama")
+    headless = network("llama")
     headless.model.layers[1].mlp.down_proj = nn.Identity()
     with pytest.raises(RequestError, match=r"mlp\.down_proj should be a linear layer, and it is a Identity"):
         free_dimensions(headless)
     with pytest.raises(RequestError, match=r"the opt model has model\.decoder\.project_out, which is not in"):
-        free_dimensions(tiny("opt", word_embed_proj_dim=8))
-    with_adapter = tiny("llama")
+        free_dimensions(network("opt", word_embed_proj_dim=8))
+    with_adapter = network("llama")
     with_adapter.model.layers[1].mlp.adapter = nn.Linear(16, 16)
     with pytest.raises(RequestError, match=r"the llama model has model\.layers\.1\.mlp\.adapter, which is not in"):
         free_dimensions(with_adapter)
-    without_norm = tiny("llama")
+    without_norm = network("llama")
     del without_norm.model.layers[0].input_layernorm
     with pytest.raises(RequestError, match=r"the llama model lacks model\.layers\.0\.input_layernorm, which is in"):
         free_dimensions(without_norm)
-    model = tiny("llama")
+    model = network("llama")
     dimension = free_dimensions(model)["mlp.0"]
     model.model.layers[0].mlp.up_proj = nn.Bilinear(2, 2, 2)
     with pytest.raises(
         RequestError, match=r"mlp\.up_proj is a Bilinear: permutations are folded into dense layers only"
     ):
-        fold_(model, dimension, random_order(dimension.labels))
+        fold_(model, dimension, order_within(dimension.labels))
 
 
 def tiny_of_no_family() -> PreTrainedModel:
@@ -265,7 +216,7 @@ def permuted(layer: nn.Module, rows: bool, columns: bool, seed: int = 0) -> nn.M
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
 def test_stored_orders_pass_a_permutation_on(family: str) -> None:
     """Through all layers of a block and the embedding, of which some permute both sides, with nothing refitted."""
-    model = tiny(family, tie_word_embeddings=False)
+    model = network(family, tie_word_embeddings=False)
     before = logits(model)
     dimensions = free_dimensions(model)
     layers = {use.module for name, each in dimensions.items() if "1" not in name for use in each.uses}
@@ -276,17 +227,17 @@ def test_stored_orders_pass_a_permutation_on(family: str) -> None:
             replace_module_(model, name, permuted(layer, not isinstance(layer, embeddings), True, seed))
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
     for dimension in free_dimensions(model).values():
-        fold_(model, dimension, random_order(dimension.labels))
+        fold_(model, dimension, order_within(dimension.labels))
         torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
 
 
 def test_a_stored_order_of_the_other_side_does_not_pass_it_on_and_nothing_moves() -> None:
-    model = tiny("opt")
+    model = network("opt")
     replace_module_(model, "model.decoder.layers.0.fc2", permuted(model.model.decoder.layers[0].fc2, True, False))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     dimension = free_dimensions(model)["mlp.0"]
     with pytest.raises(RequestError, match=r"fc2 is a StructuredLinear that stores no column_order"):
-        fold_(model, dimension, random_order(dimension.labels))
+        fold_(model, dimension, order_within(dimension.labels))
     with pytest.raises(RequestError, match=r"fc2 is a StructuredLinear that stores no column_order"):
         search_orders(model, ["mlp"], {"model.decoder.layers.0.fc1": ((12, 8), (2, 2), 1)})
     for name, tensor in model.state_dict().items():
@@ -322,7 +273,7 @@ def captured(model: PreTrainedModel, planned: dict[str, Any], dimension: FreeDim
 
 @families
 def test_searched_orders_lose_in_no_dimension_and_leave_model_and_logits(family: str) -> None:
-    model = tiny(family)
+    model = network(family)
     before, untouched = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     planned, dimensions = planned_for(model), free_dimensions(model)
     orders = search_orders(model, ["residual", "mlp", "value"], planned)
@@ -336,14 +287,14 @@ def test_searched_orders_lose_in_no_dimension_and_leave_model_and_logits(family:
         gains.append(captured(model, planned, dimensions[name]) - reached)
     assert min(gains) >= -1e-9 and max(gains) > 0.1, gains
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
-    again = search_orders(tiny(family), ["residual", "mlp", "value"], planned)
+    again = search_orders(network(family), ["residual", "mlp", "value"], planned)
     assert all(torch.equal(again[name], order) for name, order in orders.items())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "phi3"])
 def test_a_planted_order_of_units_is_found_again(family: str) -> None:
     """The units of the MLP in both layers, of which the writers are products; in phi3 both copies of each unit."""
-    model = tiny(family)
+    model = network(family)
     dimension = free_dimensions(model)["mlp.0"]
     writers, readers = ([use for use in dimension.uses if use.side == side] for side in ("out", "in"))
     planned = {}
@@ -354,7 +305,7 @@ def test_a_planted_order_of_units_is_found_again(family: str) -> None:
         a, b = (torch.randn(shape, generator=generator).double() for shape in ((m // 4, n // 2), (4, 2)))
         dense_weight(layer).copy_(torch.kron(a, b))
         planned[use.module] = (m // 4, n // 2), (4, 2), 1
-    fold_(model, dimension, random_order(dimension.labels))
+    fold_(model, dimension, order_within(dimension.labels))
     down = readers[0].module
     m, n = dense_weight(model.get_submodule(down)).shape
     # It has places of its own kind, and barely counts.
@@ -367,7 +318,7 @@ def test_a_planted_order_of_units_is_found_again(family: str) -> None:
 
 
 def test_orders_are_searched_only_where_a_planned_layer_sees_them() -> None:
-    model = tiny("llama")
+    model = network("llama")
     assert search_orders(model, ["mlp", "value", "residual"], {}) == {}
     down, every = "model.layers.1.mlp.down_proj", ("mlp", "value", "residual")
     assert list(search_orders(model, every, {down: ((8, 12), (2, 2), 1)})) == ["mlp.1", "residual"]
@@ -377,7 +328,7 @@ def test_orders_are_searched_only_where_a_planned_layer_sees_them() -> None:
 
 
 def test_requests_for_orders_that_cannot_be_met_are_refused() -> None:
-    model = tiny("opt")
+    model = network("opt")
     with pytest.raises(RequestError, match=r"unknown free dimension 'values': did you mean 'value'"):
         search_orders(model, ["values"], {})
     with pytest.raises(RequestError, match=r"searched for 'fc9', and the model has no layer of that name"):
@@ -405,10 +356,10 @@ def measured(model: PreTrainedModel) -> Any:
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "phi3"])
 def test_a_calibration_after_the_fold_equals_the_permuted_moments(family: str) -> None:
-    model = tiny(family, initializer_range=0.3) if family != "opt" else tiny(family, init_std=0.3)
+    model = network(family, initializer_range=0.3) if family != "opt" else network(family, init_std=0.3)
     moments = before = measured(model)
     for dimension in free_dimensions(model).values():
-        order = random_order(dimension.labels)
+        order = order_within(dimension.labels)
         fold_(model, dimension, order)
         moments = permuted_moments(moments, dimension, order)
     again = measured(model)
@@ -427,8 +378,8 @@ def test_a_calibration_after_the_fold_equals_the_permuted_moments(family: str) -
 
 
 def test_moments_of_an_embedding_are_permuted_along_its_width() -> None:
-    dimension = free_dimensions(tiny("llama"))["residual"]
-    order = random_order(dimension.labels)
+    dimension = free_dimensions(network("llama"))["residual"]
+    order = order_within(dimension.labels)
     square = torch.arange(256, dtype=torch.float64).reshape(16, 16)
     counts = torch.arange(64)
     moments = InputMoments(square, square[0], 5, gradient=square + 1, counts=counts)
@@ -442,7 +393,7 @@ def test_moments_of_an_embedding_are_permuted_along_its_width() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "phi3"])
 def test_in_the_metric_of_the_loss_no_dimension_loses(family: str) -> None:
     """By a fit anew with the permuted moments, as the pipeline makes it."""
-    model, moments = tiny(family), measured(tiny(family))
+    model, moments = network(family), measured(network(family))
     dimensions, planned = free_dimensions(model), planned_for(model)
     planned = {name: sizes for name, sizes in planned.items() if name in moments}
     metrics = {name: metric_of(moments[name], output=True, centred=False) for name in moments}

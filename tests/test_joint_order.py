@@ -11,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from reference.kronecker import van_loan_squared_error
+from samples.matrices import generator, normal, singular_moment
 from torch import Tensor
 
 from kronpress import RequestError, WorkError
 from kronpress.matrices import Kronecker
-from kronpress.matrices.joint_order import SharedMatrix, nearest_joint_order
+from kronpress.matrices.joint_order import nearest_joint_order
 from kronpress.matrices.metric import Metric
+from kronpress.matrices.shared_matrix import SharedMatrix
 
 few = settings(max_examples=10, deadline=None)
 seeds = st.integers(0, 2**32)
@@ -24,23 +26,9 @@ TWELVE = torch.zeros(12, dtype=torch.int64)
 METRICS = ("none", "other", "own", "both")
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
-
-
-def moment_of(seed: int, size: int) -> Tensor:
-    """A second moment that is far from diagonal, and singular."""
-    x = normal(seed, 3 * size, max(1, size - 1)) @ normal(seed + 1, max(1, size - 1), size)
-    return x.mT @ x / len(x)
-
-
 def metric_of(kind: str, seed: int, m: int, n: int) -> Metric:
-    other = moment_of(seed, n) if kind in ("other", "both") else None
-    return Metric(other, moment_of(seed + 7, m) if kind in ("own", "both") else None)
+    other = singular_moment(seed, n) if kind in ("other", "both") else None
+    return Metric(other, singular_moment(seed + 7, m) if kind in ("own", "both") else None)
 
 
 @st.composite
@@ -231,7 +219,9 @@ def test_features_of_many_matrices_are_put_together_without_loss(seed: int) -> N
 
 
 def test_equal_requests_have_equal_results_and_another_seed_is_another_start() -> None:
-    matrices = [SharedMatrix(normal(i, 24, 24), (12, 12), (2, 2), metric=Metric(moment_of(i, 24))) for i in (0, 1)]
+    matrices = [
+        SharedMatrix(normal(i, 24, 24), (12, 12), (2, 2), metric=Metric(singular_moment(i, 24))) for i in (0, 1)
+    ]
     labels = torch.zeros(24, dtype=torch.int64)
     first, again, other = (nearest_joint_order(matrices, labels, (seed,)) for seed in (5, 5, 6))
     assert torch.equal(first.order, again.order)

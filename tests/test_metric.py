@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from samples.matrices import normal
 from torch import Tensor
 
 from kronpress import RequestError, WorkError
@@ -20,10 +21,6 @@ from kronpress.matrices.moments import InputMoments
 laws = settings(max_examples=40, deadline=None)
 small = st.integers(1, 5)
 seeds = st.integers(0, 2**32)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def moment(seed: int, size: int, rank: int | None = None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from reference.kronecker import kronecker_sum, van_loan_squared_error
 from safetensors.torch import load_file
+from samples.matrices import generator, normal, singular_moment
 from torch import Tensor
 
 from kronpress import RequestError, WorkError
@@ -36,22 +37,8 @@ sides = pytest.mark.parametrize("side", ["rows", "columns", "both"])
 moments = pytest.mark.parametrize("with_moment", [False, True], ids=["frobenius", "metric"])
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
-
-
 def random_order(seed: int, size: int) -> Tensor:
     return torch.randperm(size, generator=generator(seed))
-
-
-def moment_of(seed: int, size: int) -> Tensor:
-    """A second moment that is far from diagonal, and singular."""
-    x = normal(seed, 3 * size, max(1, size - 1)) @ normal(seed + 1, max(1, size - 1), size)
-    return x.mT @ x / len(x)
 
 
 def planted(seed: int, left_shape: tuple[int, int], right_shape: tuple[int, int]) -> Tensor:
@@ -200,7 +187,7 @@ def test_the_energy_of_an_order_is_what_the_best_left_factor_captures(
     (m1, n1), (m2, n2), k = shapes
     weight, order = normal(seed, m1 * m2, n1 * n2), random_order(seed, m1 * m2).reshape(m1, m2)
     right = torch.linalg.qr(normal(seed + 1, m2 * n2, k)).Q.mT.reshape(k, m2, n2)
-    moment = moment_of(seed, n1 * n2) + 0.1 * torch.eye(n1 * n2) if with_moment else None
+    moment = singular_moment(seed, n1 * n2) + 0.1 * torch.eye(n1 * n2) if with_moment else None
     root = torch.eye(n1 * n2, dtype=torch.float64) if moment is None else torch.linalg.cholesky(moment)
     if with_moment:
         right = 3 * right
@@ -225,7 +212,7 @@ def held_loss(weight: Tensor, moment: Tensor, target: Tensor, order: Tensor) -> 
 @given(seed=seeds, m=small, n=st.integers(2, 6))
 @laws
 def test_the_gain_of_a_column_exchange_is_the_fall_of_the_loss(seed: int, m: int, n: int) -> None:
-    weight, target, moment = normal(seed, m, n), normal(seed + 1, m, n), moment_of(seed + 2, n)
+    weight, target, moment = normal(seed, m, n), normal(seed + 1, m, n), singular_moment(seed + 2, n)
     order = random_order(seed, n)
     linear = (weight @ moment)[:, order].mT @ target
     gain = column_exchange_gains(linear, target.mT @ target, moment[order][:, order])
@@ -240,7 +227,7 @@ def test_the_gain_of_a_column_exchange_is_the_fall_of_the_loss(seed: int, m: int
 @given(seed=seeds, m=small, n=st.integers(2, 7), num_kinds=st.integers(1, 2))
 @laws
 def test_exchanged_columns_keep_their_kinds_and_never_raise_the_loss(seed: int, m: int, n: int, num_kinds: int) -> None:
-    weight, target, moment = normal(seed, m, n), normal(seed + 1, m, n), moment_of(seed + 2, n)
+    weight, target, moment = normal(seed, m, n), normal(seed + 1, m, n), singular_moment(seed + 2, n)
     order, kinds = random_order(seed, n), torch.randint(num_kinds, (n,), generator=generator(seed))
     kind_of_column = torch.empty(n, dtype=torch.int64)
     kind_of_column[order] = kinds
@@ -263,7 +250,7 @@ def test_orders_are_permutations_and_the_energies_are_true_and_never_fall(
 ) -> None:
     left_shape, right_shape, k = shapes
     m, n = left_shape[0] * right_shape[0], left_shape[1] * right_shape[1]
-    weight, moment = normal(seed, m, n), moment_of(seed, n) if with_moment else None
+    weight, moment = normal(seed, m, n), singular_moment(seed, n) if with_moment else None
     found = nearest_permuted_sum(
         weight, left_shape, right_shape, k, **free(side), moment=moment, starts=("identity", "matching", 0)
     )
@@ -294,7 +281,7 @@ def test_a_product_of_which_one_side_is_permuted_is_recovered(
     if side == "columns":
         weight, left_shape, right_shape = weight.mT, (n1, m1), (n2, m2)
     permuted = weight[random_order(seed, len(weight))] if side == "rows" else weight[:, random_order(seed, m1 * m2)]
-    moment = moment_of(seed, weight.shape[1]) if with_moment else None
+    moment = singular_moment(seed, weight.shape[1]) if with_moment else None
     found = nearest_permuted_sum(permuted, left_shape, right_shape, **free(side), moment=moment, starts=("matching",))
     assert found.captured[-1] == pytest.approx(1, abs=1e-7)
 
@@ -316,7 +303,7 @@ def test_most_products_permuted_on_both_sides_are_recovered() -> None:
 def test_what_is_a_sum_already_stays_in_its_order(with_moment: bool, shapes: Any, seed: int) -> None:
     left_shape, right_shape, k = shapes
     weight = sum(planted(seed + 2 * i, left_shape, right_shape) for i in range(k))
-    moment = moment_of(seed, weight.shape[1]) if with_moment else None
+    moment = singular_moment(seed, weight.shape[1]) if with_moment else None
     found = nearest_permuted_sum(weight, left_shape, right_shape, k, moment=moment, starts=("matching", 3, "identity"))
     if not with_moment:  # in the metric the alternation may leave something to gain
         assert found.row_order.tolist() == list(range(weight.shape[0]))
@@ -351,7 +338,7 @@ def test_rows_and_columns_stay_among_those_of_their_label(
     with_moment: bool, shapes: Any, seed: int, num_labels: int
 ) -> None:
     labels = [torch.randint(num_labels, (size,), generator=generator(seed + size)) for size in (12, 8)]
-    weight, moment = normal(seed, 12, 8), moment_of(seed, 8) if with_moment else None
+    weight, moment = normal(seed, 12, 8), singular_moment(seed, 8) if with_moment else None
     found = nearest_permuted_sum(
         weight, *shapes, rows=labels[0], columns=labels[1], moment=moment, starts=("matching", 1)
     )
@@ -421,7 +408,7 @@ def test_for_white_inputs_rows_are_found_as_without_inputs(seed: int) -> None:
 def test_inputs_that_are_never_seen_do_not_count(seed: int) -> None:
     """Half of the inputs are always zero: the rows of the other half alone are permuted, and are recovered."""
     weight, moment = planted(seed, (6, 4), (2, 2)), torch.zeros(8, 8, dtype=torch.float64)
-    moment[:4, :4] = moment_of(seed, 4) + torch.eye(4)
+    moment[:4, :4] = singular_moment(seed, 4) + torch.eye(4)
     weight[:, 4:] = 100 * normal(seed + 2, 12, 4)
     shuffled = weight[random_order(seed, 12)]
     found = nearest_permuted_sum(shuffled, (6, 4), (2, 2), columns=False, moment=moment, starts=(0, 1, 2, 3, 4, 5))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from pydantic import ValidationError
 from reference.kronecker import kronecker_sum
+from samples.matrices import generator, normal
 from torch import Tensor
 
 from kronpress import StructuredLinear
@@ -21,12 +22,8 @@ seeds = st.integers(0, 2**32)
 sides = pytest.mark.parametrize("side", ["rows", "columns"])
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def random_order(seed: int, size: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(size, generator=generator(seed))
 
 
 def moment_of(seed: int, size: int) -> Tensor:

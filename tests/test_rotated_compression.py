@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from samples.matrices import generator, orthogonal
+from samples.networks import count_numbers, plant_products_
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -16,7 +18,7 @@ import kronpress as kp
 from kronpress.planning import plan_stages
 from kronpress.recipe import Weighting
 from kronpress.rotation import fold_norm_gains_, has_layer_norms, rotate_
-from kronpress.surgery import dense_weight, linear_layers, structured_layers
+from kronpress.surgery import linear_layers, structured_layers
 
 FAMILIES = ("gpt2", "opt", "llama", "qwen2")
 IDS = torch.randint(300, (8, 24), generator=torch.Generator().manual_seed(5))
@@ -52,20 +54,8 @@ def turned_away(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """A copy in another basis, which computes the same."""
     turned = copy.deepcopy(model)
     fold_norm_gains_(turned, untie=True)
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(16, 16, dtype=torch.float64, generator=generator)
-    if has_layer_norms(model):  # which only rotations of the complement of the ones pass
-        basis = torch.linalg.qr(torch.cat([torch.ones(16, 1), torch.eye(16)[:, 1:]], dim=1).double()).Q[:, 1:]
-        rotation = 1 / 16 + basis @ torch.linalg.qr(basis.mT @ start @ basis).Q @ basis.mT
-    else:
-        rotation = torch.linalg.qr(start).Q
-    rotate_(turned, rotation)
+    rotate_(turned, orthogonal(seed, 16, keeps_ones=has_layer_norms(model)))
     return turned
-
-
-def count(model: nn.Module) -> int:
-    """Numbers in distinct storage."""
-    return sum({parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}.values())
 
 
 @torch.no_grad()
@@ -101,20 +91,20 @@ def test_the_plans_count_is_that_of_the_model_and_of_its_checkpoint(
     plan, plain = (kp.make_plan(model, each) for each in (wanted, unrotated(wanted)))
     assert plan.num_params_untied == (TABLE if tied else 0)
     assert plan.num_params == plain.num_params + plan.num_params_untied
-    assert plan.num_params_dense == count(model)
+    assert plan.num_params_dense == count_numbers(model)
     assert plan.flops_per_token == plain.flops_per_token
     kp.compress_(model, plan)
-    assert count(model) == plan.num_params
+    assert count_numbers(model) == plan.num_params
     assert model.lm_head.weight is not model.get_input_embeddings().weight
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert count(loaded) == plan.num_params
+    assert count_numbers(loaded) == plan.num_params
     assert_same(logits_of(loaded), logits_of(model), 0)
 
 
 def test_a_budget_counts_the_head_that_the_rotation_unties(tiny_model: Callable[..., Any]) -> None:
     model, table = tiny_model("gpt2", vocab_size=40), 40 * 16
-    dense = count(model)
+    dense = count_numbers(model)
     low_rank = {"structure": "low_rank", "spec": {}}
     for budget in ({"params": dense}, {"kept_of_model": 1.0}):
         plan = kp.make_plan(model, recipe(budget=budget, **low_rank))
@@ -133,7 +123,7 @@ def test_the_count_holds_where_a_constant_gain_leaves_the_head_tied(
         norm.weight.fill_(0.7)
     plan = kp.make_plan(model, recipe())
     kp.compress_(model, plan)
-    assert count(model) == plan.num_params
+    assert count_numbers(model) == plan.num_params
 
 
 def test_stages_after_a_rotation_are_planned_with_the_untied_head(tiny_model: Callable[..., Any]) -> None:
@@ -148,7 +138,7 @@ def test_stages_after_a_rotation_are_planned_with_the_untied_head(tiny_model: Ca
     for expected, part in zip(foreseen, staged.parts, strict=True):
         plan = kp.make_plan(model, part, before=plan)
         kp.compress_(model, plan)
-        assert plan.num_params == count(model)
+        assert plan.num_params == count_numbers(model)
         assert expected == plan
 
 
@@ -185,16 +175,7 @@ def test_where_another_basis_has_exact_sums_it_loses_less(
 ) -> None:
     planted = tiny_model(family).double()
     fold_norm_gains_(planted, untie=True)
-    generator = torch.Generator().manual_seed(1)
-    plan = kp.make_plan(planted, unrotated(recipe()))
-    for name, layer in plan.layers.items():
-        weight = dense_weight(planted.get_submodule(name))
-        left, right = (
-            torch.randn(*shape, generator=generator, dtype=torch.float64)
-            for shape in (layer.spec.left_shape, layer.spec.right_shape)
-        )
-        product = torch.kron(left, right)
-        weight.copy_(product * weight.norm() / product.norm())
+    plant_products_(planted, kp.make_plan(planted, unrotated(recipe())), generator(1))
     model = turned_away(planted)
     wanted = recipe(weighting=weighting)
     (_, rotated), (_, plain) = compressed(model, wanted), compressed(model, unrotated(wanted))
@@ -214,6 +195,24 @@ def test_a_rotation_and_foldings_go_together(tiny_model: Callable[..., Any]) -> 
     both, alone = (compressed(model, recipe(folding=folding))[1] for folding in (["mlp", "residual"], []))
     errors = [sum(each.relative_error**2 for each in reports.values()) for reports in (both, alone)]
     assert 0 < errors[0] < errors[1]
+
+
+def test_a_gain_that_is_small_beside_the_others_is_no_obstacle(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("gpt2").double()
+    norm = model.transformer.h[1].ln_2
+    with torch.no_grad():
+        norm.weight[3], norm.bias[3] = 1e-6, 3e-5
+    student, _ = compressed(model, recipe(spec={"right_shape": [2, 2], "num_terms": 4}, weighting=INPUT))
+    assert_same(logits_of(student), logits_of(model))
+
+
+def test_what_is_done_before_the_fits_is_told(tiny_model: Callable[..., Any]) -> None:
+    model, said = tiny_model("gpt2"), []
+    kp.compress_(model, kp.make_plan(model, recipe(folding=["mlp"])), messages=said.append)
+    *rotating, folding = said
+    rounds = [int(text.split(": ")[1].split()[0]) for text in rotating]
+    assert rounds == [*range(len(rounds))] and len(rounds) > 1
+    assert folding == "looking for orders of units to fold: mlp"
 
 
 # ---- dense again ----

@@ -1,4 +1,4 @@
-"""Rotation of the residual stream: logits stay, the search only ever gains, moments are those of a new calibration."""
+"""Rotation of the residual stream: logits stay, and moments are those of a new calibration."""
 
 from __future__ import annotations
 
@@ -11,78 +11,33 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from samples.matrices import kronecker_fit, normal, orthogonal
+from samples.networks import CONFIGS, WIDTH, network, some_tokens
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import kronpress as kp
-from kronpress import RequestError, WorkError
+from kronpress import RequestError
 from kronpress.folding import fold_, free_dimensions
 from kronpress.matrices.metric import Metric
 from kronpress.matrices.moments import InputMoments
 from kronpress.recipe import Weighting
 from kronpress.rotation import (
     FoldedNorm,
-    Target,
     fold_norm_gains_,
     foldable_norms,
     has_layer_norms,
-    nearest_orthogonal,
-    procrustes_rotation,
     rotate_,
     rotated_,
     unscaled_moments,
 )
-from kronpress.rotation.search import HeldFits, best_rotation, held_fits
 from kronpress.surgery import dense_weight
 
-TOKENS = torch.randint(64, (6, 24), generator=torch.Generator().manual_seed(0))
-WIDTH = 16
-LIKE_LLAMA = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 32},
-    "opt": {
-        "hidden_size": WIDTH,
-        "word_embed_proj_dim": WIDTH,
-        "ffn_dim": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 32,
-    },
-    "llama": {**LIKE_LLAMA, "tie_word_embeddings": False},
-    "qwen2": {**LIKE_LLAMA, "tie_word_embeddings": True},
-    "qwen3": {**LIKE_LLAMA, "tie_word_embeddings": False, "head_dim": 6},
-    "gemma": {**LIKE_LLAMA, "head_dim": 6},
-    "phi3": {**LIKE_LLAMA, "tie_word_embeddings": False},
-}
+TOKENS = some_tokens(6, 24)
 FINAL = {"gpt2": "transformer.ln_f", "opt": "model.decoder.final_layer_norm"}
 families = pytest.mark.parametrize("family", CONFIGS)
 laws = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32)
-
-
-def tiny(family: str, **changes: Any) -> Any:
-    """A random model of two blocks in double precision, without a parameter that is 0 or 1 as it starts."""
-    common = {
-        "vocab_size": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-        "attn_implementation": "eager",
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**common, **CONFIGS[family], **changes})
-        model = AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
-    return model.double()
 
 
 @torch.no_grad()
@@ -94,36 +49,12 @@ def assert_same(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def moment(seed: int, size: int) -> Tensor:
-    x = normal(seed, size + 2, size) * torch.arange(1, size + 1)
-    return x.mT @ x / len(x)
-
-
-def orthogonal(seed: int, size: int, keeps_ones: bool = False) -> Tensor:
-    """Any, or by a basis of the complement of the ones any that keeps them."""
-    if not keeps_ones:
-        return torch.linalg.qr(normal(seed, size, size)).Q
-    basis = complement_of_ones(size)
-    return 1 / size + basis @ orthogonal(seed, size - 1) @ basis.mT
-
-
-def complement_of_ones(size: int) -> Tensor:
-    """An orthonormal basis (size, size − 1)."""
-    start = torch.eye(size, dtype=torch.float64)
-    start[:, 0] = 1
-    return torch.linalg.qr(start).Q[:, 1:]
-
-
 # ---- gains ----
 
 
 @families
 def test_gains_fold_and_the_logits_stay(family: str) -> None:
-    model = tiny(family)
+    model = network(family)
     before, count = logits(model), model.num_parameters()
     is_tied = model.config.tie_word_embeddings
     assert fold_norm_gains_(model, untie=True) == (64 * WIDTH if is_tied else 0) == model.num_parameters() - count
@@ -151,7 +82,7 @@ def test_in_single_precision_the_logits_stay_within_a_hundred_thousandth(
 
 
 def test_a_tied_head_stays_tied_unless_asked_and_is_untied_whatever_the_gain() -> None:
-    model = tiny("gpt2")
+    model = network("gpt2")
     before, final = logits(model), model.transformer.ln_f
     gain = final.weight.clone()
     assert fold_norm_gains_(model) == 0
@@ -170,7 +101,7 @@ def test_a_tied_head_stays_tied_unless_asked_and_is_untied_whatever_the_gain() -
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_stock_transformers_loads_the_folded_and_rotated_model(family: str, tmp_path: Path) -> None:
-    model = tiny(family).float()
+    model = network(family).float()
     before = logits(model)
     fold_norm_gains_(model, untie=True)
     rotate_(model, orthogonal(3, WIDTH, keeps_ones=family == "gpt2"))
@@ -183,7 +114,7 @@ def test_stock_transformers_loads_the_folded_and_rotated_model(family: str, tmp_
 
 
 def test_gains_of_zero_fold_where_a_reader_takes_the_bias_up() -> None:
-    model = tiny("gpt2")
+    model = network("gpt2")
     with torch.no_grad():
         model.transformer.h[0].ln_1.weight[3] = 0
         model.transformer.ln_f.weight[5] = 0
@@ -200,7 +131,7 @@ def test_gains_of_zero_fold_where_a_reader_takes_the_bias_up() -> None:
 
 @pytest.mark.parametrize("without_bias", [["q_proj"], ["q_proj", "k_proj", "v_proj"]])
 def test_a_bias_that_a_reader_cannot_take_stays_in_the_norm(without_bias: list[str]) -> None:
-    model = tiny("opt")
+    model = network("opt")
     attention = model.model.decoder.layers[1].self_attn
     for name in without_bias:
         getattr(attention, name).bias = None
@@ -218,7 +149,7 @@ def test_a_bias_that_a_reader_cannot_take_stays_in_the_norm(without_bias: list[s
 @families
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_stream_turns_and_the_logits_stay(family: str, sign: int) -> None:
-    model = tiny(family)
+    model = network(family)
     fold_norm_gains_(model, untie=True)
     before = logits(model)
     old = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -238,7 +169,7 @@ def test_the_stream_turns_and_the_logits_stay(family: str, sign: int) -> None:
 @given(seed=seeds)
 @settings(max_examples=5, deadline=None)
 def test_two_rotations_one_after_the_other_are_their_product(seed: int) -> None:
-    twice, once = tiny("llama"), tiny("llama")
+    twice, once = network("llama"), network("llama")
     first, second = orthogonal(seed, WIDTH), orthogonal(seed + 1, WIDTH)
     for model, rotations in ((twice, [first, second]), (once, [first @ second])):
         fold_norm_gains_(model)
@@ -250,7 +181,7 @@ def test_two_rotations_one_after_the_other_are_their_product(seed: int) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3"])
 def test_the_rotation_by_a_permutation_matrix_is_the_fold_of_the_permutation(family: str) -> None:
-    turned, folded = tiny(family), tiny(family)
+    turned, folded = network(family), network(family)
     order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(2))
     for model in (turned, folded):
         fold_norm_gains_(model, untie=True)
@@ -261,7 +192,7 @@ def test_the_rotation_by_a_permutation_matrix_is_the_fold_of_the_permutation(fam
 
 
 def test_what_is_no_rotation_of_the_model_is_refused_and_nothing_moves() -> None:
-    model = tiny("gpt2")
+    model = network("gpt2")
     with pytest.raises(RequestError, match=r"transformer\.h\.0\.ln_1 has a gain that is not constant"):
         rotate_(model, torch.eye(WIDTH))
     fold_norm_gains_(model, untie=True)
@@ -274,7 +205,7 @@ def test_what_is_no_rotation_of_the_model_is_refused_and_nothing_moves() -> None
     with pytest.raises(RequestError, match="moves the vector of ones, and the gpt2 model has LayerNorms"):
         rotate_(model, orthogonal(0, WIDTH))
     assert torch.equal(logits(model), before)
-    behind = tiny("opt", do_layer_norm_before=False)
+    behind = network("opt", do_layer_norm_before=False)
     for refused in (lambda: fold_norm_gains_(behind), lambda: rotate_(behind, torch.eye(WIDTH))):
         with pytest.raises(RequestError, match="norms behind the sums"):
             refused()
@@ -300,184 +231,6 @@ def test_layer_norms_do_not_pass_a_rotation_that_moves_the_ones() -> None:
     x, q = normal(0, 5, WIDTH), orthogonal(0, WIDTH)
     norm = nn.functional.layer_norm
     assert (norm(x @ q, (WIDTH,)) - norm(x, (WIDTH,)) @ q).abs().max() > 0.1
-
-
-# ---- the search ----
-
-
-@given(seed=seeds, size=st.integers(2, 7), keeps_ones=st.booleans(), rank=st.integers(0, 7))
-@laws
-def test_the_nearest_orthogonal_matrix_has_the_largest_trace(seed: int, size: int, keeps_ones: bool, rank: int) -> None:
-    """Of rank-deficient M too; against the same problem written in a basis of the complement of the ones."""
-    matrix = normal(seed, size, rank) @ normal(seed + 1, rank, size)
-    q = nearest_orthogonal(matrix, keeps_ones)
-    identity, ones = torch.eye(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
-    torch.testing.assert_close(q.mT @ q, identity)
-    if keeps_ones:
-        torch.testing.assert_close(q @ ones, ones)
-        basis = complement_of_ones(size)
-        best = matrix.sum() / size + torch.linalg.svdvals(basis.mT @ matrix @ basis).sum()
-    else:
-        best = torch.linalg.svdvals(matrix).sum()
-    torch.testing.assert_close((q * matrix).sum(), best)
-    assert (orthogonal(seed + 2, size, keeps_ones) * matrix).sum() <= best + 1e-9
-
-
-def targets(seed: int, size: int, near: bool, far: bool, fit: Callable[[int], Any]) -> list[Target]:
-    """Readers and writers in turn, of other sizes, with and without a metric on the stream's and the other side."""
-    found = []
-    for i in range(4):
-        side, other = ("in", "out")[i % 2], 2 + i
-        shape = (other, size) if side == "in" else (size, other)
-        stream, beyond = moment(seed + i, size) if near else None, moment(seed + i, other) if far else None
-        metric = Metric(stream, beyond) if side == "in" else Metric(beyond, stream)
-        found.append(Target(normal(seed + i, *shape), side, metric, fit(i), importance=1.0 + i))
-    return found
-
-
-def error_by_definition(q: Tensor, target: Target, fitted: Tensor) -> Tensor:
-    """tr(G ΔW C ΔWᵀ) in the turned basis, with both sides of the metric written out."""
-    w, metric = target.weight, target.metric
-    inner = torch.eye(w.shape[1], dtype=w.dtype) if metric.input is None else metric.input
-    outer = torch.eye(w.shape[0], dtype=w.dtype) if metric.output is None else metric.output
-    if target.side == "in":
-        w, inner = w @ q, q.mT @ inner @ q
-    else:
-        w, outer = q.mT @ w, q.mT @ outer @ q
-    return target.importance * (outer @ (w - fitted) @ inner @ (w - fitted).mT).trace()
-
-
-@given(seed=seeds, size=st.integers(2, 6), near=st.booleans(), far=st.booleans())
-@laws
-def test_the_held_loss_and_its_gradient_are_those_of_the_definition(
-    seed: int, size: int, near: bool, far: bool
-) -> None:
-    start, q = orthogonal(seed, size), orthogonal(seed + 1, size).requires_grad_()
-    held = [normal(seed + 7 + i, *((2 + i, size) if i % 2 == 0 else (size, 2 + i))) for i in range(4)]
-    all_targets = targets(seed, size, near, far, lambda i: lambda w, metric: held[i])
-    terms = held_fits(start, range(4), all_targets.__getitem__)
-    loss = sum(error_by_definition(q, *each) for each in zip(all_targets, held, strict=True))
-    at_start = sum(error_by_definition(start, *each) for each in zip(all_targets, held, strict=True))
-    assert terms.loss == pytest.approx(at_start.item())
-    product = terms.times(q.detach())
-    assert terms.value(q.detach(), product) == pytest.approx(loss.item())
-    (gradient,) = torch.autograd.grad(loss, q)
-    # Without a metric on the stream, tr(A Qᵀ Q) is a constant on rotations: only what is along them is compared.
-    difference = gradient - 2 * (product - terms.linear)
-    along = q.detach().mT @ difference
-    torch.testing.assert_close(
-        along - along.mT, torch.zeros_like(along), atol=1e-7 * gradient.abs().max().item(), rtol=0
-    )
-
-
-@given(seed=seeds, size=st.integers(2, 6), near=st.booleans(), far=st.booleans(), keeps_ones=st.booleans())
-@laws
-def test_the_best_rotation_never_raises_the_loss(seed: int, size: int, near: bool, far: bool, keeps_ones: bool) -> None:
-    start = orthogonal(seed, size, keeps_ones)
-    held = [normal(seed + 7 + i, *((2 + i, size) if i % 2 == 0 else (size, 2 + i))) for i in range(4)]
-    terms = held_fits(start, range(4), targets(seed, size, near, far, lambda i: lambda w, _: held[i]).__getitem__)
-
-    def value(q: Tensor) -> float:
-        return terms.value(q, terms.times(q))
-
-    found = best_rotation(start, terms, keeps_ones)
-    torch.testing.assert_close(found.mT @ found, torch.eye(size, dtype=torch.float64))
-    assert value(found) <= terms.loss * (1 + 1e-9)
-    if keeps_ones:
-        torch.testing.assert_close(found.sum(dim=1), torch.ones(size, dtype=torch.float64))
-    if not near:  # then it is the best there is
-        assert value(found) <= value(orthogonal(seed + 1, size, keeps_ones)) + 1e-9 * terms.loss
-    # Many steps end where no small turn helps.
-    ended = best_rotation(start, terms, keeps_ones, max_steps=3000)
-    assert value(ended) <= value(found) * (1 + 1e-9) + 1e-9
-
-
-def test_a_step_follows_a_steep_quadratic_down() -> None:
-    """Where the linearised problem overshoots, shorter steps are taken until the loss falls."""
-    k, a = torch.diag(torch.tensor([100.0, 1.0]).double()), torch.diag(torch.tensor([1.0, 100.0]).double())
-    angle = torch.tensor(0.3).double()
-    q = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
-    terms = HeldFits(torch.zeros(2, 2).double(), [(k, a)], 0.0, 0.0)
-    found = best_rotation(q, terms, keeps_ones=False, max_steps=500)
-    assert terms.value(q, terms.times(q)) > 800
-    assert terms.value(found, terms.times(found)) == pytest.approx(200, rel=1e-2)  # of aligned axes
-
-
-def kronecker_fit(left_shape: tuple[int, int], right_shape: tuple[int, int]) -> Callable[[Tensor, Metric], Tensor]:
-    structure = kp.matrices.STRUCTURES["kronecker"]
-    spec = structure.Spec(left_shape=left_shape, right_shape=right_shape)
-
-    def fit(weight: Tensor, metric: Metric) -> Tensor:
-        return structure.expand(structure.fit(weight, spec, None if metric == Metric() else metric))
-
-    return fit
-
-
-def planted(seed: int, angle: float, keeps_ones: bool, with_metric: bool) -> list[Target]:
-    """Eight Kronecker products in a basis that is turned by at most `angle`."""
-    size = 12
-    skew = normal(seed, size, size)
-    if keeps_ones:
-        skew = skew - skew.mean(dim=0)
-        skew = skew - skew.mean(dim=1, keepdim=True)
-    skew = skew - skew.mT
-    q = torch.linalg.matrix_exp(angle * skew / torch.linalg.matrix_norm(skew, 2))
-    found = []
-    for i in range(8):
-        left, right = ((6, 12), (2, 1)) if i % 2 else ((12, 6), (1, 2))
-        weight = torch.kron(normal(seed + i, *left), normal(seed - i, *right))
-        metric = Metric(moment(seed + i, 12)) if with_metric else Metric()
-        side, turned = ("out", q @ weight) if i % 2 else ("in", weight @ q.mT)
-        found.append(Target(turned, side, metric, kronecker_fit(left, right)))
-    return found
-
-
-@pytest.mark.parametrize("with_metric", [False, True], ids=["frobenius", "metric"])
-@pytest.mark.parametrize("keeps_ones", [False, True], ids=["any", "keeps ones"])
-def test_a_planted_small_rotation_is_recovered_and_the_losses_fall(keeps_ones: bool, with_metric: bool) -> None:
-    all_targets = planted(100, 0.2, keeps_ones, with_metric)
-    rounds: list[tuple[int, float]] = []
-    found = procrustes_rotation(
-        range(8),
-        all_targets.__getitem__,
-        keeps_ones=keeps_ones,
-        max_sweeps=150,
-        progress=lambda *each: rounds.append(each),
-    )
-    assert found.losses[-1] < 1e-3 * found.losses[0]
-    assert all(later < earlier for earlier, later in zip(found.losses, found.losses[1:], strict=False))
-    assert [loss for _, loss in rounds][: len(found.losses)] == list(found.losses)
-    q, loss = found.matrix, torch.tensor(0.0).double()
-    for target in all_targets:
-        turned = held_fits(q, ["it"], lambda _, target=target: target)
-        loss += turned.loss
-    assert loss.item() == pytest.approx(found.losses[-1])
-    if keeps_ones:
-        torch.testing.assert_close(q.sum(dim=1), torch.ones(12, dtype=torch.float64))
-
-
-def test_where_nothing_is_to_be_gained_it_ends_where_it_began() -> None:
-    """The weights are their own fits, or a fit that is always zero is as bad in every basis."""
-    for fit in (lambda w, _: w, lambda w, _: torch.zeros_like(w)):
-        all_targets = [replace(each, fit=fit) for each in planted(0, 1.0, False, False)]
-        found = procrustes_rotation(range(8), all_targets.__getitem__, keeps_ones=False)
-        assert found.losses[0] == pytest.approx(found.losses[-1])
-        if found.losses[0] == 0:
-            torch.testing.assert_close(found.matrix, torch.eye(12, dtype=torch.float64))
-
-
-def test_targets_that_do_not_fit_together_are_refused() -> None:
-    all_targets = planted(0, 0.1, False, False)
-    with pytest.raises(RequestError, match="at least one weight"):
-        procrustes_rotation([], all_targets.__getitem__, keeps_ones=False)
-    narrow = replace(all_targets[1], weight=normal(0, 6, 12))
-    with pytest.raises(RequestError, match="second has 6 channels on its side of the stream, others have 12"):
-        procrustes_rotation(
-            ["first", "second"], {"first": all_targets[0], "second": narrow}.__getitem__, keeps_ones=False
-        )
-    broken = replace(all_targets[0], fit=lambda w, _: w * torch.nan)
-    with pytest.raises(WorkError, match="the fit of it holds NaN or infinity"):
-        procrustes_rotation(["it"], lambda _: broken, keeps_ones=False)
 
 
 # ---- rotated_ ----
@@ -507,7 +260,7 @@ def fits_of(model: PreTrainedModel, names: Any) -> dict[str, Callable[[Tensor, M
 @pytest.mark.parametrize("metric", ["none", "input", "loss"])
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2"])
 def test_the_model_computes_as_before_and_its_moments_are_those_of_a_new_calibration(family: str, metric: str) -> None:
-    model = tiny(family)
+    model = network(family)
     before = logits(model)
     moments = kp.calibrate(model, [TOKENS], recipe(metric))
     fits = fits_of(model, moments)
@@ -572,7 +325,7 @@ def test_moments_behind_a_gain_are_those_of_the_samples(
 
 
 def test_low_rank_errors_do_not_depend_on_the_basis() -> None:
-    model = tiny("llama")
+    model = network("llama")
     low_rank = kp.matrices.STRUCTURES["low_rank"]
 
     def fit(weight: Tensor, metric: Metric) -> Tensor:
@@ -587,7 +340,7 @@ def test_low_rank_errors_do_not_depend_on_the_basis() -> None:
 
 
 def test_behind_a_gain_of_zero_moments_are_taken_anew() -> None:
-    model = tiny("llama")
+    model = network("llama")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[4] = 0
     before = logits(model)
@@ -602,7 +355,7 @@ def test_behind_a_gain_of_zero_moments_are_taken_anew() -> None:
 
 
 def test_wrong_requests_leave_the_model_as_it_was() -> None:
-    model = tiny("gpt2")
+    model = network("gpt2")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     name = "transformer.h.0.mlp.c_fc"
     fits = fits_of(model, [name])

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from PIL import Image, ImageColor
 from reference.kronecker import discarded_energy, rearranged
 from rich.console import Console
+from samples.matrices import normal
 from torch import Tensor
 
 import kronpress as kp
@@ -38,10 +39,6 @@ laws = settings(max_examples=30, deadline=None)
 small = st.integers(1, 4)
 seeds = st.integers(0, 2**32)
 WINDOWS = torch.randint(3, 300, (16, 24), generator=torch.Generator().manual_seed(1))
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def moment(seed: int, size: int) -> Tensor:
