@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -242,10 +242,15 @@ def section(name: str, results: dict[str, Any] | None) -> str:
     return "\n".join([f"## {title}", "", made, "", *body(results), *missing])
 
 
+def results_in(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Those of the named results that there are in `folder`."""
+    files = {name: folder / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.is_file()}
+
+
 def page(folder: Path) -> str:
     """The page from all results that there are in `folder`."""
-    files = {name: folder / f"{name}.json" for name in SECTIONS}
-    found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.is_file()}
+    found = results_in(folder, SECTIONS)
     introduction = (
         "# The fit to real inputs\n\n"
         "What `auto` loses of a model, beside every other way to the same number of parameters. Calibration and "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ def structured_layers(model: nn.Module) -> dict[str, StructuredLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, StructuredLayer)}
 
 
+def is_embedding(layer: nn.Module) -> TypeGuard[nn.Embedding | StructuredEmbedding]:
+    """Whether the layer looks rows up, in a dense or a structured table."""
+    return isinstance(layer, nn.Embedding | StructuredEmbedding)
+
+
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a dense or structured layer; of an embedding, of its table as it is stored."""
     if isinstance(layer, StructuredLayer):
@@ -73,11 +79,6 @@ def owners(model: nn.Module, layer: nn.Module) -> list[str]:
     ]
 
 
-def is_shared(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether the layer stands in two places, or another module owns its weight (an embedding that of a tied head)."""
-    return len(owners(model, layer)) > 1
-
-
 def tied_heads(model: nn.Module, name: str) -> list[str]:
     """The names of the linear layers that multiply by the table of the embedding called `name`."""
     return [other for other in owners(model, model.get_submodule(name)) if other != name]
@@ -100,7 +101,7 @@ def replace_by_matrix_(model: nn.Module, name: str, matrix: StructuredMatrix, he
     layer = model.get_submodule(name)
     is_trained: bool = layer.weight.requires_grad  # type: ignore[assignment, union-attr]
     replaced: StructuredLayer
-    if isinstance(layer, nn.Embedding | StructuredEmbedding):
+    if is_embedding(layer):
         untie_(model, name, kept=heads)
         replaced = StructuredEmbedding(matrix, layer.padding_idx)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kronpress.errors import RequestError
 from kronpress.matrices.low_rank import nearest_product
 from kronpress.matrices.metric import Metric, as_metric, metric_of
-from kronpress.matrices.moments import InputMoments
+from kronpress.matrices.moments import DerivedMoments, InputMoments
 from kronpress.recipe import Weighting
 
 # What is tried where the shrinkage is chosen.
@@ -77,10 +77,9 @@ def _embedding_metric(moments: InputMoments, weighting: Weighting) -> Metric:
 
 
 @dataclass(frozen=True, eq=False)
-class WithoutHeads(Mapping[str, InputMoments]):
+class WithoutHeads(DerivedMoments[InputMoments]):
     """Moments in which the embeddings `names` have no tied heads: theirs keep the dense table, whatever replaces it."""
 
-    moments: Mapping[str, InputMoments]
     names: Collection[str]
 
     def __getitem__(self, layer: str) -> InputMoments:
@@ -89,15 +88,6 @@ class WithoutHeads(Mapping[str, InputMoments]):
             return found
         nothing = torch.zeros_like(found.mean)
         return replace(found, second=torch.diag(nothing), mean=nothing, magnitude=nothing, held_out=None)
-
-    def __contains__(self, layer: object) -> bool:
-        return layer in self.moments  # without reading its tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.moments)
-
-    def __len__(self) -> int:
-        return len(self.moments)
 
 
 def shrunk(metric: Metric, amount: float) -> Metric:

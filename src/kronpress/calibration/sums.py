@@ -15,18 +15,13 @@ from torch import Tensor, nn
 
 from kronpress.calibration.batches import Part
 from kronpress.errors import WorkError
-from kronpress.layers import StructuredEmbedding
 from kronpress.matrices.moments import InputMoments
-from kronpress.surgery import tied_heads, weight_shape
+from kronpress.surgery import is_embedding, tied_heads, weight_shape
 
 # Numbers that are computed with in float64 at a time (32 MiB), so that no second large activation stands in memory.
 CHUNK = 2**22
 # Of a symmetric sum the upper triangle is added up, in so many panels of rows: 1/2 + 1/16 of the products.
 _PANELS = 8
-
-
-def is_embedding(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Embedding | StructuredEmbedding)
 
 
 class _Sums:

@@ -28,11 +28,12 @@ from kronpress.calibration.block_by_block import by_block, measured_block_by_blo
 from kronpress.calibration.block_stream import block_prefix, state_bytes
 from kronpress.calibration.moments import FORMAT, Moments, MomentsFile, check_room, load_moments, sha256
 from kronpress.calibration.sensitivity import logits_of, loss_gradient, measures_gradients
-from kronpress.calibration.sums import as_for_use, collector_of, is_embedding
+from kronpress.calibration.sums import as_for_use, collector_of
 from kronpress.errors import RequestError
 from kronpress.matrices.moments import InputMoments
 from kronpress.planning import find_targets
 from kronpress.recipe import Recipe
+from kronpress.surgery import is_embedding
 
 # Memory for sums (0.75 GiB): half of what calibrating may take beside the model; activations take the rest.
 MAX_BYTES = 3 * 2**28

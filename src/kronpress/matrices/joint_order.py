@@ -1,8 +1,6 @@
 """One order of units that several matrices share, in which each is near to a sum of Kronecker products of its own.
 
-Letters as in permutation.py. Units stand among the rows of W (m, n); for a layer that reads them W is transposed. The
-error of one matrix is tr(G ΔW C ΔWᵀ) with ΔW = P W − Σ_i A_i ⊗ B_i: C, on the other side, stays as it is, and G, on the
-side of the units, moves with them.
+Letters as in permutation.py and shared_matrix.py, which has what is of one matrix alone.
 
 What is exact. For given B the best A captures Σ_p ‖Σ_q F_q(row at p, q)‖², with any C and without G; such energies add
 over the matrices, and so features stand side by side: for all matrices with equally many places one step of
@@ -16,18 +14,15 @@ taken only if the energy captured by all matrices together, with C and G as they
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import pairwise, product
 
 import torch
 from torch import Tensor
 
-from kronpress.errors import RequestError, WorkError
 from kronpress.matrices.kronecker_in_metric import MAX_SWEEPS as MAX_FIT_SWEEPS
-from kronpress.matrices.kronecker_in_metric import alternate, columns_times, nearest_sum, rows_times
-from kronpress.matrices.metric import Metric, separable, square_root
-from kronpress.matrices.permutation import RIDGE, Shape, Start, check_shapes, check_starts, expanded, row_features
+from kronpress.matrices.metric import Metric
+from kronpress.matrices.permutation import RIDGE, Start, check_starts, expanded, row_features
 from kronpress.matrices.permutation_starts import matched, shuffled
 from kronpress.matrices.permutation_steps import (
     ROUNDING,
@@ -36,6 +31,16 @@ from kronpress.matrices.permutation_steps import (
     exchanged,
     linear_exchange_gains,
     regrouped,
+)
+from kronpress.matrices.shared_matrix import (
+    SharedMatrix,
+    check_shared,
+    fitted_sum,
+    in_double,
+    reduced,
+    scaled_rows,
+    simplified,
+    without_output,
 )
 from kronpress.matrices.svd import ridged_cholesky
 
@@ -48,55 +53,6 @@ FIT_SWEEPS = 2
 EXCHANGE_ROUNDS = 2
 # Matrices whose own matching is tried in the start `matching`: those with the greatest energy.
 MOST_MATCHED = 4
-
-
-@dataclass(frozen=True)
-class SharedMatrix:
-    """One of the matrices that share an order: W (m, n), m = m1·m2, and the sum that it will be fitted by.
-
-    `metric` has C (n, n) as `input`, and G (m, m), on the side of the units, as `output`. Unit u stands in the rows
-    channels[:, u], `channels` (copies, units); None: row u is unit u. Rows that are no units stay where they are.
-    Energies are added with `importance` times. `is_transposed` says that W is the transpose of a layer's weight: sums
-    are fitted to that weight itself, since `nearest_sum` takes its C as it is and its G for separable.
-    """
-
-    weight: Tensor
-    left_shape: Shape
-    right_shape: Shape
-    num_terms: int = 1
-    metric: Metric = field(default_factory=Metric)
-    channels: Tensor | None = None
-    importance: float = 1.0
-    is_transposed: bool = False
-
-    @cached_property
-    def energy(self) -> float:
-        return self.metric.squared_norm(self.weight)
-
-    @property
-    def sees_order(self) -> bool:
-        """Whether an order of rows can change the error: not with one group, one place, or nothing to capture."""
-        return self.left_shape[0] > 1 and self.right_shape[0] > 1 and self.importance * self.energy > 0
-
-    @property
-    def copies(self) -> Tensor:
-        """`channels`, (copies, units)."""
-        return torch.arange(len(self.weight))[None] if self.channels is None else self.channels
-
-    @property
-    def has_places(self) -> bool:
-        """Whether place u mod m2 of group u div m2 is where unit u stands, in every copy."""
-        places, size = self.right_shape[0], self.copies.shape[1]
-        if size % places:
-            return False
-        groups = (self.copies // places).reshape(-1, size // places, places)
-        return bool((self.copies % places == torch.arange(size) % places).all() and (groups == groups[..., :1]).all())
-
-    def rows(self, order: Tensor) -> Tensor:
-        """(m,): the row of W that stands in each row when unit order[u] stands where u did."""
-        rows = torch.arange(len(self.weight))
-        rows[self.copies] = self.copies[:, order]
-        return rows
 
 
 @dataclass(frozen=True)
@@ -143,100 +99,32 @@ def nearest_joint_order(
     labels = labels.cpu()
     check_starts(starts)
     for matrix in matrices:
-        _check(matrix, labels)
+        check_shared(matrix, labels)
     given = torch.arange(len(labels))
-    seeing = [_in_double(matrix) for matrix in matrices]
-    seeing = [_reduced(matrix) for matrix in seeing if matrix.sees_order]
+    seeing = [in_double(matrix) for matrix in matrices]
+    seeing = [reduced(matrix) for matrix in seeing if matrix.sees_order]
     total = sum(matrix.importance * matrix.energy for matrix in seeing)
     if not seeing:
         return JointOrder(given, (1.0,), starts[0])
-    simplified = [[_simplified(matrix) for matrix in seeing]]
+    simpler = [[simplified(matrix) for matrix in seeing]]
     if any(matrix.metric.output is not None for matrix in seeing):
-        simplified.append([_simplified(_without_output(matrix)) for matrix in seeing])
+        simpler.append([simplified(without_output(matrix)) for matrix in seeing])
     is_simple = all(matrix.metric == Metric() for matrix in seeing)
 
     unpermuted = _fitted(seeing, given)
     path, won = [unpermuted], starts[0]
-    for start, simple in product(starts, simplified):
+    for start, simple in product(starts, simpler):
         climbed = _climb(simple, labels, _fitted(simple, _started(simple, labels, start)))
         if not is_simple:
             climbed = _climb(seeing, labels, _fitted(seeing, climbed[-1].order))
         # Of equally good ones the first, and no permutation for no gain.
         if climbed[-1].captured > path[-1].captured + ROUNDING * total:
             path, won = [unpermuted, *(each for each in climbed if each.captured > unpermuted.captured)], start
-    if not is_simple and _in_full(seeing, path[-1].order) <= _in_full(seeing, given):
-        path = [unpermuted]
+    if not is_simple and len(path) > 1:
+        ended, begun = (_fitted(seeing, order, max_sweeps=MAX_FIT_SWEEPS) for order in (path[-1].order, given))
+        if ended.captured <= begun.captured:
+            path, won = [unpermuted], starts[0]
     return JointOrder(path[-1].order, tuple(point.captured / total for point in path), won)
-
-
-# ---- the matrices ----
-
-
-def _check(matrix: SharedMatrix, labels: Tensor) -> None:
-    check_shapes(matrix.weight, matrix.left_shape, matrix.right_shape, matrix.num_terms)
-    m, n = matrix.weight.shape
-    if labels.ndim != 1 or labels.is_floating_point():
-        raise RequestError(
-            f"the labels have shape {tuple(labels.shape)} and {labels.dtype}: expected integers (units,)"
-        )
-    rows = matrix.copies.flatten()
-    if (
-        matrix.copies.shape[1] != len(labels)
-        or rows.unique().numel() < rows.numel()
-        or rows.min() < 0
-        or rows.max() >= m
-    ):
-        raise RequestError(
-            f"channels of shape {tuple(matrix.copies.shape)} for {len(labels)} units and a weight of {m} rows: "
-            "expected one row for each unit in every copy, and none twice"
-        )
-    for side, size in ((matrix.metric.input, n), (matrix.metric.output, m)):
-        if side is not None and side.shape != (size, size):
-            raise RequestError(
-                f"a metric of shape {tuple(side.shape)} for a weight of {(m, n)}: expected {(size, size)}"
-            )
-    for tensor in (matrix.weight, matrix.metric.input, matrix.metric.output):
-        if tensor is not None and not tensor.isfinite().all():
-            raise WorkError("a weight or its metric holds NaN or infinity")
-
-
-def _in_double(matrix: SharedMatrix) -> SharedMatrix:
-    weight = matrix.weight.detach().to(torch.float64)
-    sides = (None if side is None else side.to(weight) for side in (matrix.metric.input, matrix.metric.output))
-    return replace(matrix, weight=weight, metric=Metric(*sides))
-
-
-def _reduced(matrix: SharedMatrix) -> SharedMatrix:
-    """The same problem with at most m columns and no C, where B has one column: only W C Wᵀ counts there."""
-    (m1, _), (_, n2) = matrix.left_shape, matrix.right_shape
-    if n2 > 1:
-        return matrix
-    weight, moment = matrix.weight, matrix.metric.input
-    if moment is not None:
-        weight = weight @ ridged_cholesky(moment, RIDGE)[0]
-    if weight.shape[1] > len(weight):
-        weight = torch.linalg.qr(weight.mT, mode="r").R.mT
-    return replace(matrix, weight=weight, left_shape=(m1, weight.shape[1]), metric=Metric(None, matrix.metric.output))
-
-
-def _simplified(matrix: SharedMatrix) -> SharedMatrix:
-    """With C taken for the nearest C1 ⊗ C2 and G for diag(G), which go into the weight and leave a Frobenius norm."""
-    weight, (_, n1), (_, n2) = _scaled_rows(matrix), matrix.left_shape, matrix.right_shape
-    if matrix.metric.input is not None:
-        roots = (square_root(side, floor=0)[0] for side in separable(matrix.metric.input, n1, n2))
-        weight = columns_times(weight, *roots)
-    return replace(matrix, weight=weight, metric=Metric())
-
-
-def _without_output(matrix: SharedMatrix) -> SharedMatrix:
-    return replace(matrix, metric=Metric(matrix.metric.input))
-
-
-def _scaled_rows(matrix: SharedMatrix) -> Tensor:
-    """diag(G)^½ W."""
-    if matrix.metric.output is None:
-        return matrix.weight
-    return matrix.metric.output.diagonal().clamp(min=0).sqrt()[:, None] * matrix.weight
 
 
 # ---- the climb ----
@@ -282,62 +170,18 @@ def _of_equal_places(matrices: list[SharedMatrix]) -> dict[int, list[int]]:
     return dict(sorted(alike.items()))
 
 
-def _fitted(matrices: list[SharedMatrix], order: Tensor, near: _Point | None = None) -> _Point:
-    """The best sums in this order; where they take an alternation, a few sweeps of it from those of `near`."""
+def _fitted(
+    matrices: list[SharedMatrix], order: Tensor, near: _Point | None = None, max_sweeps: int = FIT_SWEEPS
+) -> _Point:
+    """The best sums in this order; where they take an alternation, so many sweeps of it, from those of `near`."""
     sums, captured = [], 0.0
     for index, matrix in enumerate(matrices):
-        weight, metric = _permuted(matrix, order)
-        left, right = _sum(matrix, weight, metric, None if near is None else near.sums[index])
-        error = metric.squared_norm(weight - expanded(left, right))
+        permuted = matrix.permuted(order)
+        left, right = fitted_sum(permuted, None if near is None else near.sums[index], max_sweeps)
+        error = permuted.metric.squared_norm(permuted.weight - expanded(left, right))
         sums.append((left, right))
         captured += matrix.importance * (matrix.energy - error)
     return _Point(order, tuple(sums), captured)
-
-
-def _permuted(matrix: SharedMatrix, order: Tensor) -> tuple[Tensor, Metric]:
-    rows = matrix.rows(order)
-    output = matrix.metric.output
-    return matrix.weight[rows], replace(matrix.metric, output=None if output is None else output[rows][:, rows])
-
-
-def _sum(
-    matrix: SharedMatrix,
-    weight: Tensor,
-    metric: Metric,
-    near: tuple[Tensor, Tensor] | None,
-    max_sweeps: int = FIT_SWEEPS,
-) -> tuple[Tensor, Tensor]:
-    """A (k, m1, n1) and B (k, m2, n2) of the permuted weight, from `near` if an alternation can go on from there."""
-    if matrix.is_transposed:
-        turned = replace(
-            matrix,
-            left_shape=matrix.left_shape[::-1],
-            right_shape=matrix.right_shape[::-1],
-            is_transposed=False,
-        )
-        near = None if near is None else (near[0].mT, near[1].mT)
-        left, right = _sum(turned, weight.mT, Metric(metric.output, metric.input), near, max_sweeps)
-        return left.mT, right.mT
-    (m1, n1), (m2, n2) = matrix.left_shape, matrix.right_shape
-    if near is None or metric.input is None or 1 in (n1, n2):
-        return nearest_sum(weight, (m1, n1), (m2, n2), matrix.num_terms, metric, max_sweeps)
-    left, right = near
-    if metric.output is None:
-        return alternate(weight, left, right, metric.input, max_sweeps)[:2]
-    (root1, inverse1), (root2, inverse2) = map(square_root, separable(metric.output, m1, m2))
-    seen = rows_times(weight, root1, root2)
-    left, right, _ = alternate(seen, root1 @ left, root2 @ right, metric.input, max_sweeps)
-    return inverse1 @ left, inverse2 @ right
-
-
-def _in_full(matrices: list[SharedMatrix], order: Tensor) -> float:
-    """The energy that the sums capture when they are fitted as a layer will be."""
-    captured = 0.0
-    for matrix in matrices:
-        weight, metric = _permuted(matrix, order)
-        fitted = _sum(matrix, weight, metric, None, MAX_FIT_SWEEPS)
-        captured += matrix.importance * (matrix.energy - metric.squared_norm(weight - expanded(*fitted)))
-    return captured
 
 
 # ---- the steps ----
@@ -358,7 +202,7 @@ def _unit_features(matrix: SharedMatrix, right: Tensor) -> Features:
     if matrix.metric.input is None:
         # Only the span of the terms counts.
         right = torch.linalg.qr(right.flatten(1).mT).Q.mT.reshape(right.shape)
-    of_rows = row_features(_scaled_rows(matrix), right, matrix.left_shape[1], matrix.metric.input)
+    of_rows = row_features(scaled_rows(matrix), right, matrix.left_shape[1], matrix.metric.input)
     scale = matrix.importance**0.5
     return lambda place, units: scale * torch.cat([of_rows(place, copy[units]) for copy in matrix.copies], 1)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,3 +33,22 @@ class InputMoments:
     held_out: Tensor | None = None
     magnitude: Tensor | None = None
     counts: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DerivedMoments(Mapping[str, T]):
+    """What follows from each layer's moments, made when a layer is asked for and not kept; a subclass says how.
+
+    Moments may be larger than the model and on disk: which layers there are is said without reading any.
+    """
+
+    moments: Mapping[str, InputMoments]
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.moments
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.moments)
+
+    def __len__(self) -> int:
+        return len(self.moments)

@@ -1,23 +1,24 @@
 """Sums of Kronecker products in an order of rows and columns of their own: W = P (Σ_i A_i ⊗ B_i) Q.
 
-For orders that no neighbouring layer can take (`folding.py` has those that can): each permuted side costs one
+For orders that no neighbouring layer can take (`folding` has those that can): each permuted side costs one
 `index_select` and as many integers as it is long. Letters as in kronecker.py; K = Σ_i A_i ⊗ B_i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, StrictBool
 from torch import Tensor
 
-from kronpress.matrices.joint_order import SharedMatrix, nearest_joint_order
+from kronpress.matrices.joint_order import nearest_joint_order
 from kronpress.matrices.kronecker import Kronecker, KroneckerSpec
 from kronpress.matrices.kronecker_in_metric import nearest_sum
 from kronpress.matrices.metric import FitMoments, Metric, as_metric, times
 from kronpress.matrices.permutation import Start, expanded, nearest_permuted_sum
+from kronpress.matrices.shared_matrix import SharedMatrix
 from kronpress.matrices.structured_matrix import Factors, Options, StructuredMatrix
 
 # What a search is given to leave of a plain sum's error before it is made.
@@ -67,11 +68,23 @@ class PermutedKronecker(StructuredMatrix):
         return spec.num_terms
 
     @staticmethod
-    def multiply(factors: Factors, x: Tensor) -> Tensor:
-        if "column_order" in factors:
-            x = x.index_select(-1, factors["column_order"])
-        y = Kronecker.multiply(factors, x)
-        return y.index_select(-1, factors["row_order"]) if "row_order" in factors else y
+    def multiply(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _between_orders(Kronecker.multiply, factors, x, bias)
+
+    @staticmethod
+    def takes_native(factors: Factors, x: Tensor, bias: Tensor | None = None) -> bool:
+        return Kronecker.takes_native(factors, x, bias)
+
+    @staticmethod
+    def multiply_native(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _between_orders(Kronecker.multiply_native, factors, x, bias)
+
+    @classmethod
+    def dense(cls, factors: Factors) -> Tensor:
+        w = Kronecker.dense(factors)
+        if "row_order" in factors:
+            w = w.index_select(0, factors["row_order"])
+        return w.index_select(1, factors["column_order"].argsort()) if "column_order" in factors else w
 
     @staticmethod
     def expand(factors: Factors) -> Tensor:
@@ -110,7 +123,8 @@ class PermutedKronecker(StructuredMatrix):
         rows, columns = _orders(w, spec, seen_by, starts)
         given = torch.arange(len(rows)), torch.arange(len(columns))
         found = _nearest(w, spec, seen_by, rows, columns)
-        if metric is not None:  # the fits of the search were not made to the end
+        if metric is not None and not all(map(torch.equal, (rows, columns), given)):
+            # The fits of the search were not made to the end.
             found = min(_nearest(w, spec, seen_by, *given), found, key=lambda each: each[0])
         _, rows, columns, left, right = found
         factors = {"weight": left.transpose(0, 1), "right": right.transpose(0, 1)}
@@ -156,6 +170,18 @@ class PermutedKronecker(StructuredMatrix):
         return [spec for spec in permuted if spec.rows or spec.columns]
 
 
+def _between_orders(
+    multiply: Callable[[Factors, Tensor, Tensor | None], Tensor], factors: Factors, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x Wᵀ + bias by a function that multiplies by K alone."""
+    if "column_order" in factors:
+        x = x.index_select(-1, factors["column_order"])
+    if "row_order" not in factors:
+        return multiply(factors, x, bias)
+    y = multiply(factors, x, None).index_select(-1, factors["row_order"])
+    return y if bias is None else y.add_(bias)
+
+
 def _with_orders(spec: KroneckerSpec, rows: bool = True, columns: bool = True) -> PermutedKroneckerSpec:
     """With an order of each side that may have one, unless it has one group or one place: there no order counts."""
     (m1, n1), (m2, n2) = spec.left_shape, spec.right_shape
@@ -177,15 +203,10 @@ def _orders(
     )
     rows, columns = found.row_order, found.column_order
     if output is not None and output.ndim == 2:
-        left_shape, right_shape, num_terms = sizes
         for is_column in [False] * spec.rows + [True] * spec.columns:
             permuted, moved = _permuted(weight, metric, rows, columns)
-            shared = SharedMatrix(permuted, left_shape, right_shape, num_terms, moved)
-            if is_column:
-                turned = Metric(moved.output, moved.input)
-                shared = SharedMatrix(
-                    permuted.mT, left_shape[::-1], right_shape[::-1], num_terms, turned, is_transposed=True
-                )
+            shared = SharedMatrix(permuted, *sizes, moved)
+            shared = shared.transposed if is_column else shared
             labels = torch.zeros(len(shared.weight), dtype=torch.int64)
             order = nearest_joint_order([shared], labels, ("identity",)).order
             rows, columns = (rows, columns[order]) if is_column else (rows[order], columns)

@@ -5,7 +5,7 @@ Letters: x are a layer's inputs before and x' after, C = E[x xᵀ], μ = E[x]; g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,23 +13,23 @@ from torch import Tensor
 
 from kronpress.errors import RequestError
 from kronpress.folding import Side
-from kronpress.matrices.moments import InputMoments
+from kronpress.matrices.moments import DerivedMoments, InputMoments
 from kronpress.rotation.stream import FoldedNorm
 
-# A gain below this fraction of the norm's largest numbers leaves too little of its coordinate to divide by.
+# A gain below this fraction of its coordinate's bias leaves too little of the coordinate to divide by: what is summed
+# up are sums of both, in single precision. To the other coordinates' gains it may be as small as it likes.
 SMALLEST_GAIN = 1e-4
 # How well a mean has to be known, relative to it, for one that is found in the same way to be believed.
 MEAN_TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True)
-class TurnedMoments(Mapping[str, InputMoments]):
+@dataclass(frozen=True, eq=False)
+class TurnedMoments(DerivedMoments[InputMoments]):
     """The moments of a model after its gains were folded and its stream rotated, from those before; made when asked.
 
     `sides` says how each layer stands to the stream, `norms` what was folded, and `rotation` is Q.
     """
 
-    moments: Mapping[str, InputMoments]
     sides: Mapping[str, Side]
     norms: Mapping[str, FoldedNorm]
     rotation: Tensor | None = None
@@ -46,15 +46,6 @@ class TurnedMoments(Mapping[str, InputMoments]):
                 moments = unscaled_moments(moments, norm, f"{layer} behind {name}")
         return moments if self.rotation is None else rotated_moments(moments, self.sides[layer], self.rotation)
 
-    def __contains__(self, layer: object) -> bool:
-        return layer in self.moments
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.moments)
-
-    def __len__(self) -> int:
-        return len(self.moments)
-
 
 def unscaled_moments(moments: InputMoments, norm: FoldedNorm, what: str) -> InputMoments:
     """The moments of a layer's inputs after the fold, x' = (x − β) / g + rest, from those of x = g ∘ z + β.
@@ -68,7 +59,7 @@ def unscaled_moments(moments: InputMoments, norm: FoldedNorm, what: str) -> Inpu
         RequestError: a gain is 0 or nearly so, and the coordinate's statistics are lost behind it.
     """
     gain, bias = norm.gain, norm.bias
-    small = gain.abs() <= SMALLEST_GAIN * (gain.abs().max() + bias.abs())
+    small = gain.abs() <= SMALLEST_GAIN * bias.abs()
     if small.any():
         raise RequestError(
             f"the moments of {what} cannot be taken past the norm's gain, which at coordinate "

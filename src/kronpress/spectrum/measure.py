@@ -6,7 +6,7 @@ Letters as in energies.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from statistics import fmean
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kronpress.errors import RequestError, WorkError
 from kronpress.matrices.metric import Metric, as_metric, square_root
-from kronpress.matrices.moments import InputMoments
+from kronpress.matrices.moments import DerivedMoments, InputMoments
 from kronpress.planning import find_targets, stored_dtype, target_params
 from kronpress.recipe import Recipe
 from kronpress.spectrum.energies import (
@@ -126,23 +126,11 @@ def spectrum(
     return spectrum_of_weights(weights, _share(model, targets, recipe), seconds, progress)
 
 
-class _Seconds(Mapping[str, Tensor]):
-    """C of each layer, read with its moments each time that it is asked for."""
-
-    def __init__(self, moments: Mapping[str, InputMoments]) -> None:
-        self.moments = moments
+class _Seconds(DerivedMoments[Tensor]):
+    """C of each layer."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.moments[name].second
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.moments
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.moments)
-
-    def __len__(self) -> int:
-        return len(self.moments)
 
 
 def _share(model: nn.Module, targets: Mapping[str, Shape], recipe: Recipe) -> float:
