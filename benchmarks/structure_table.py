@@ -42,6 +42,8 @@ from kronpress.recipe import read_recipe
 # The lowest rate of fit_table.py is too high for good starts.
 RATES = (1e-4, 5e-4, 2e-3)
 PUBLISHED = ("tqcompressor", "kngpt2")
+# Which trains nothing; with and without the rotation, whose price is a head of its own.
+ROTATED = "procrustes"
 # Where `auto` is let put units in order too: the search at one size takes as long as all other rows.
 FOLDED_AT = "krony-81m"
 
@@ -60,8 +62,9 @@ def without_permutations(name: str) -> str:
 
 
 def count(recipe: str) -> int:
-    """Parameters of `pocket` by the recipe, its head computed from the embedding's factors."""
-    return kp.make_plan(kp.load_model("pocket").model, kp.load_recipe(recipe, ["head=tied"], "pocket")).num_params
+    """Parameters of `pocket` by the recipe, its head computed from the embedding's factors unless it is rotated."""
+    changes = [] if recipe == ROTATED else ["head=tied"]
+    return kp.make_plan(kp.load_model("pocket").model, kp.load_recipe(recipe, changes, "pocket")).num_params
 
 
 def _row(size: str, method: str, recipe: str, changes: list[str], **more: Any) -> Row:
@@ -83,15 +86,21 @@ def rows_of_published() -> list[Row]:
     rows.append(_row("kngpt2", "its own objective", "kngpt2", tied, has_own_objective=True))
     rows.append(_row("krony-96m", "van_loan", "krony-96m", []))
     rows.append(_row("krony-96m", "adaptive", "krony-96m", ["fit.start=adaptive"]))
-    for size in (*PUBLISHED, "krony-96m"):
-        budget = f"budget.params={count(size)}"
-        rows.append(_row(size, "low rank on all", "low-rank", ["targets=all", budget]))
-        rows += [_row(size, f"auto on {each}", "auto", [f"targets={each}", budget]) for each in ("blocks", "all")]
-    return rows
+    return [*rows, *(row for size in (*PUBLISHED, "krony-96m") for row in _rivals(size))]
+
+
+def _rivals(size: str) -> list[Row]:
+    """Low rank and `auto` at the recipe's count."""
+    budget = f"budget.params={count(size)}"
+    rows = [_row(size, "low rank on all", "low-rank", ["targets=all", budget])]
+    return rows + [_row(size, f"auto on {each}", "auto", [f"targets={each}", budget]) for each in ("blocks", "all")]
 
 
 def one_shot_rows() -> list[Row]:
-    """`auto` with and without the embedding among its targets at the sizes of Krony-PT; `healed` has krony-96m's."""
+    """`auto` with and without the embedding among its targets at the sizes of Krony-PT; `healed` has krony-96m's.
+
+    And ProcrustesGPT, which trains nothing, with its rivals.
+    """
     rows: list[Row] = [{"name": "dense", "rival": "dense"}]
     for size in sizes(kp.load_model("pocket").model):
         if size["name"] != "krony-96m":
@@ -102,7 +111,8 @@ def one_shot_rows() -> list[Row]:
             if size["name"] == FOLDED_AT:
                 changes = ["targets=blocks", budget, "folding=[mlp, value]"]
                 rows.append(_row(size["name"], "auto on blocks, units in order", "auto", changes))
-    return rows
+    sums = _row(ROTATED, "not rotated", ROTATED, ["rotation=false", "head=tied"])
+    return [*rows, _row(ROTATED, "as it is", ROTATED, []), sums, *_rivals(ROTATED)]
 
 
 @app.command()

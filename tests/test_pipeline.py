@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import kronpress as kp
-from kronpress import pipeline
-from kronpress.pipeline import Messages, run
+from kronpress.pipeline import Messages, run, whole_run
 from kronpress.plan import Plan
 from kronpress.recipe import dump_recipe
 
@@ -141,7 +140,7 @@ def test_the_saved_model_is_the_measured_one(finished):
     loaded = kp.load_model(str(out))
     assert_same_metrics(results["rows"][2]["metrics"], measure(loaded.model, loaded.tokenizer, recipe))
     assert (
-        pipeline.continue_text(loaded.model, loaded.tokenizer, results["prompt"])
+        whole_run.continue_text(loaded.model, loaded.tokenizer, results["prompt"])
         == (results["rows"][2]["continuation"])
     )
 
@@ -198,7 +197,7 @@ def test_results_say_how_they_were_made(finished):
 def test_resuming_a_finished_run_changes_nothing(finished, monkeypatch):
     recipe, out, results = finished
     before = content(out)
-    monkeypatch.setattr(pipeline, "load_model", lambda *_: pytest.fail("nothing needs to be loaded"))
+    monkeypatch.setattr(whole_run, "load_model", lambda *_: pytest.fail("nothing needs to be loaded"))
     assert run(recipe, out, resume=True) == results
     assert content(out) == before
     assert siblings(out) == {"run"}
@@ -367,7 +366,7 @@ def test_a_run_that_could_not_be_written_need_not_be_trained_again(in_pieces, tm
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_model", full_disk)
+        patch.setattr(whole_run, "write_model", full_disk)
         with pytest.raises(kp.WorkError, match="No space left"):
             run(recipe, out)
     assert not out.exists()
@@ -403,7 +402,7 @@ def test_an_interrupted_run_is_only_thrown_away_on_request(in_pieces, tmp_path):
 def test_a_folder_that_holds_something_is_refused_before_any_work(job, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    monkeypatch.setattr(pipeline, "load_model", lambda *_: pytest.fail("work before the check"))
+    monkeypatch.setattr(whole_run, "load_model", lambda *_: pytest.fail("work before the check"))
     with pytest.raises(kp.RequestError, match="not empty"):
         run(job(), tmp_path / "run")
     assert content(tmp_path / "run").keys() == {"notes.txt"}
@@ -428,9 +427,9 @@ def test_a_failed_overwrite_keeps_the_earlier_run(in_pieces, tmp_path, monkeypat
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for failing in ("heal_", "compress_", "write_model"):
+    for failing in ("heal_", "compress_loaded_", "write_model"):
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, failing, fail)
+            patch.setattr(whole_run, failing, fail)
             with pytest.raises((OSError, kp.WorkError)):
                 run(recipe, out, overwrite=True)
         assert content(out) == before

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from transformers import AutoModelForCausalLM
 
 import kronpress as kp
+from kronpress import cli
 from kronpress.pipeline import Messages, run
 from kronpress.plan import Plan
 
@@ -83,16 +86,16 @@ def test_a_run_measures_every_stage_and_saves_the_last(job, tmp_path: Path) -> N
 
 
 def test_stages_are_healed_on_tokens_that_follow_one_another(job, tmp_path: Path, monkeypatch) -> None:
-    from kronpress import pipeline
+    from kronpress.pipeline import whole_run
 
     seen = []
-    heal_ = pipeline.heal_
+    heal_ = whole_run.heal_
 
     def spy(model: Any, teacher: Any, tokens: torch.Tensor, healing: Any, **more: Any) -> Any:
         seen.append(tokens[: healing.num_tokens])
         return heal_(model, teacher, tokens, healing, **more)
 
-    monkeypatch.setattr(pipeline, "heal_", spy)
+    monkeypatch.setattr(whole_run, "heal_", spy)
     run(job(), tmp_path / "run")
     assert [len(tokens) for tokens in seen] == [64, 128, 64]
     whole = torch.cat(seen)
@@ -168,6 +171,204 @@ def test_a_measured_stage_is_planned_when_its_turn_comes(job, tmp_path: Path) ->
         kp.make_plan(kp.load_model(job().model).model, job(stages=stages))
     with pytest.raises(kp.RequestError, match="rivals of 'staged' are to have its size"):
         run(job(stages=stages, rivals=["low-rank"]), tmp_path / "with-rivals")
+
+
+def test_a_measured_stage_without_room_is_refused_before_the_first_is_begun(job, tmp_path: Path) -> None:
+    measured = {
+        "share": 0.75,
+        "targets": "mlp",
+        "structure": "auto",
+        "allocation": "measured",
+        "weighting": {"metric": "loss"},
+        "budget": {"params": 100},
+    }
+    said: list[str] = []
+    with pytest.raises(kp.RequestError, match="stage 2 of 'staged': budget of 100 parameters"):
+        run(job(stages=[STAGES[0], measured]), tmp_path / "run", messages=Messages(said.append, lambda _: None))
+    assert not [text for text in said if text.startswith(("compressing", "healing"))]
+
+
+# ---- budgets ----
+
+
+@given(kept=st.floats(0.3, 0.95), of=st.sampled_from(["params", "kept_of_model", "bytes"]))
+@settings(max_examples=15, deadline=None)
+def test_a_budget_of_the_model_is_what_the_last_stage_leaves_at_most(job, tiny_model, kept: float, of: str) -> None:
+    model = tiny_model("gpt2")
+    dense = sum(p.numel() for p in model.parameters())
+    budget = {of: {"params": int(kept * dense), "kept_of_model": kept, "bytes": int(4 * kept * dense)}[of]}
+    stages = [STAGES[0], {"share": 0.75, "targets": "blocks", "structure": "low_rank", "spec": {}}]
+    recipe = job(stages=stages, budget=budget)
+    first, last = recipe.parts
+    assert (first.budget, last.budget) == (kp.recipe.Budget(), recipe.budget)
+    try:
+        plan = kp.make_plan(model, recipe)
+    except kp.RequestError as error:
+        assert "stage 2" in str(error) and "the least possible is" in str(error)
+        assert int(str(error).split()[-4]) > kept * dense
+    else:
+        assert plan.num_params <= kept * dense
+        # It is used: one more rank of each targeted matrix would not fit.
+        assert kept * dense - plan.num_params < 2 * (64 * 4 + 64 + 3 * 16 + 2 * 16 + 16)
+
+
+def test_a_fraction_of_the_targets_is_that_of_each_stage(job, tiny_model) -> None:
+    stages = [
+        {"share": 0.5, "targets": "attention", "structure": "low_rank", "spec": {}},
+        {"share": 0.5, "targets": "mlp", "structure": "low_rank", "spec": {}, "budget": {"kept_of_targets": 0.25}},
+    ]
+    recipe = job(stages=stages, budget={"kept_of_targets": 0.5})
+    assert [part.budget.kept_of_targets for part in recipe.parts] == [0.5, 0.25]
+
+
+def test_sizes_that_no_budget_can_change_have_to_meet_it(job, tiny_model) -> None:
+    model, fixed = tiny_model("gpt2"), [STAGES[0], {**STAGES[2], "share": 0.75}]
+    size = kp.make_plan(model, job(stages=fixed)).num_params
+    assert kp.make_plan(model, job(stages=fixed, budget={"params": size})).num_params == size
+    with pytest.raises(kp.RequestError, match=f"stage 2 .*fixed sizes that leave .* {size} in the model"):
+        kp.make_plan(model, job(stages=fixed, budget={"params": size - 1}))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        ({"structure": "low_rank"}, {}, r"stage 1 has neither fixed sizes nor a budget.*stages\.0\.budget\.kept_of"),
+        ({}, {"budget": {"kept_of_targets": 0.5}}, "last stage leaves, and stage 2 has one of its own"),
+    ],
+)
+def test_a_budget_of_the_model_that_says_nothing_to_a_stage_is_refused(
+    job, first: dict[str, Any], last: dict[str, Any], message: str
+) -> None:
+    sizes = {} if first else {"spec": {"right_shape": [1, 2], "num_terms": 1}}
+    stages = [{"share": 0.5, **first, **sizes}, {"share": 0.5, "structure": "low_rank", **last}]
+    with pytest.raises(kp.RequestError, match=message):
+        job(stages=stages, budget={"params": 10_000})
+
+
+@pytest.mark.parametrize("field", ["data", "tokens", "max_steps"])
+def test_what_stages_share_is_not_a_stages_own(job, field: str) -> None:
+    with pytest.raises(kp.RequestError, match=rf"stage 2: healing\.{field} is the whole recipe's"):
+        job(stages=[STAGES[0], {"share": 0.75, "healing": {field: 5}}])
+
+
+# ---- --set ----
+
+
+@pytest.mark.parametrize(
+    ("change", "deaf"),
+    [
+        ("targets=attention", [0, 1, 2]),
+        ("spec.num_terms=2", [0, 2]),
+        ("structure=low_rank", [1]),
+        ("budget.kept_of_targets=0.4", [1]),
+        ("weighting.metric=loss", [0]),
+        ("healing.learning_rate=1e-3", [2]),
+    ],
+)
+def test_a_change_that_a_stage_would_not_see_is_refused_with_where_to_make_it(
+    job, change: str, deaf: list[int]
+) -> None:
+    stages = [
+        {**STAGES[0], "weighting": {"metric": "input"}},
+        STAGES[1],
+        {**STAGES[2], "healing": {"learning_rate": 1}},
+    ]
+    fields = job(stages=stages).model_dump(mode="json", exclude_unset=True)
+    path, value = change.split("=")
+    with pytest.raises(kp.RequestError) as caught:
+        kp.load_recipe(fields, [change])
+    assert f"--set {path}: stages of recipe 'staged' have {path.split('.num')[0].split('.kept')[0]} of" in str(
+        caught.value
+    )
+    there = [f"stages.{number}.{path}=" for number in deaf]
+    assert str(caught.value).count("--set stages.") == len(deaf)
+    assert all(f"--set {place}" in str(caught.value) for place in there)
+    # What the message says works, and then the recipe's own may be changed as well.
+    for more in ([], [change] if path not in ("targets", "structure") else []):
+        changed = kp.load_recipe(fields, [*(f"{place}{value}" for place in there), *more])
+        for number in deaf:
+            found: Any = changed.parts[number]
+            for name in path.split("."):
+                found = found[name] if isinstance(found, dict) else getattr(found, name)
+            assert str(found) == str(json.loads(value) if value[0].isdigit() else value)
+
+
+def test_a_change_that_all_stages_see_is_made(job) -> None:
+    fields = job().model_dump(mode="json", exclude_unset=True)
+    for number, part in enumerate(kp.load_recipe(fields, ["head=dense", "calibration.windows=3", "seed=5"]).parts):
+        assert (part.head, part.calibration.windows, part.seed) == ("dense", 3, 5), number
+    last = kp.load_recipe(fields, ["stages.2.spec.right_shape=[1, 8]", "stages.2.targets=mlp"]).parts[2]
+    assert (last.targets, last.spec) == ("mlp", {"right_shape": [1, 8], "num_terms": 1})
+
+
+def test_a_budget_of_the_model_does_not_need_to_reach_the_stages_before_the_last(job, tiny_model) -> None:
+    fields = job().model_dump(mode="json", exclude_unset=True)
+    size = kp.make_plan(tiny_model("gpt2"), job()).num_params
+    assert kp.make_plan(tiny_model("gpt2"), kp.load_recipe(fields, [f"budget.params={size}"])).num_params == size
+    with pytest.raises(kp.RequestError, match="stage 3 of 'staged'"):
+        kp.make_plan(tiny_model("gpt2"), kp.load_recipe(fields, [f"budget.params={size - 1}"]))
+    replaced = kp.load_recipe(fields, ["stages.1.budget.params=9000"])
+    assert replaced.stages[1]["budget"] == {"params": 9000}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stages.3.targets=mlp", r"recipe field stages\.3: stages are numbered from 0 to 2"),
+        ("stages.0.target=mlp", "field of stage 1 'target'.*targets"),
+        ("stages.first.targets=mlp", "recipe field stages: "),
+        ("healing.phases.0.share=1", r"recipe field healing\.phases"),
+    ],
+)
+def test_a_change_of_a_stage_that_cannot_be_is_refused(job, change: str, message: str) -> None:
+    with pytest.raises(kp.RequestError, match=message):
+        kp.load_recipe(job().model_dump(mode="json", exclude_unset=True), [change])
+    with pytest.raises(kp.RequestError, match=r"recipe field stages\.0: the recipe has no stages"):
+        kp.load_recipe("low-rank", ["stages.0.share=1"])
+
+
+# ---- what is told ----
+
+
+def test_the_plan_counts_the_targets_of_all_stages(job, tiny_model) -> None:
+    plan = kp.make_plan(tiny_model("gpt2"), job())
+    assert plan.num_params_targets == sum(layer.num_params for layer in plan.layers.values())
+    assert plan.num_params_targets_dense == sum(layer.num_params_dense for layer in plan.layers.values())
+    assert plan.kept_of_targets == plan.num_params_targets / plan.num_params_targets_dense
+
+
+def test_a_rival_of_one_stage_is_announced_without_a_stage(job, tmp_path: Path) -> None:
+    said: list[str] = []
+    run(
+        job(rivals=["low-rank"], healing={"max_steps": 4}),
+        tmp_path / "run",
+        messages=Messages(said.append, lambda _: None),
+    )
+    compressing = [text for text in said if text.startswith("compressing")]
+    assert compressing == [*(f"compressing by staged, stage {n}" for n in (1, 2, 3)), "compressing by low-rank"]
+
+
+def test_a_rival_of_stages_is_refused_before_any_work(job, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(kp.RequestError, match="rival 'tqcompressor' has stages"):
+        run(job(rivals=["tqcompressor"]), tmp_path / "run", messages=Messages(said.append, lambda _: None))
+    assert said == []
+
+
+def test_the_spectrum_is_of_what_all_stages_target(job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "staged.yaml").write_text(kp.recipe.dump_recipe(job()), encoding="utf-8")
+    words = ["plan", job().model, "--recipe", str(tmp_path / "staged.yaml"), "--spectrum", "--json"]
+    assert cli.main(words) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in document["spectrum"]["rows"]} == document["layers"].keys()
+
+
+def test_at_once_it_is_calibrated_as_the_first_stage_that_is(job) -> None:
+    stages = [STAGES[0], {**STAGES[1], "weighting": {"metric": "input"}, "calibration": {"windows": 3}}, STAGES[2]]
+    at_once = job(stages=stages).in_one_stage
+    assert at_once.stages == [] and at_once.targets == ["embedding", "mlp"]
+    assert (at_once.weighting.metric, at_once.calibration.windows) == ("input", 3)
+    assert job(stages=[]).in_one_stage == job(stages=[])
 
 
 def test_compress_does_all_stages_without_healing(job, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import fit_table  # noqa: E402
+import folding_speed  # noqa: E402
 import permutation_recovery  # noqa: E402
 import structure_page  # noqa: E402
 import structure_table  # noqa: E402
@@ -125,8 +126,22 @@ def test_no_two_rows_are_the_same(rows):
     assert len(set(recipes)) == len(recipes)
 
 
+def test_procrustes_stands_beside_its_rivals_at_its_own_count(planned):
+    rows = [row for row in structure_table.one_shot_rows()[1:] if row["size"] == "procrustes"]
+    own, sums, *rivals = rows
+    num_params = structure_table.count("procrustes")
+    as_it_is, unrotated = (kp.load_recipe(row["recipe"], row["set"], "pocket") for row in (own, sums))
+    assert as_it_is == kp.load_recipe("procrustes", [], "pocket")
+    assert unrotated == as_it_is.model_copy(update={"rotation": False, "head": "tied"})
+    assert planned(own).num_params == num_params == planned(sums).num_params + planned(own).num_params_untied
+    assert {row["recipe"] for row in rivals} == {"low-rank", "auto"}
+    for row in rivals:
+        assert kp.load_recipe(row["recipe"], row["set"], "pocket").budget.params == num_params
+        assert row["recipe"] == "auto" or 0.98 * num_params < planned(row).num_params <= num_params
+
+
 def test_at_the_other_sizes_auto_is_compared_at_equal_budgets(pocket):
-    one_shot = structure_table.one_shot_rows()[1:]
+    one_shot = [row for row in structure_table.one_shot_rows()[1:] if row["size"] != "procrustes"]
     sizes = {size["name"]: size["num_params"] for size in fit_table.sizes(pocket) if size["name"] != "krony-96m"}
     assert {row["size"] for row in one_shot} == sizes.keys()
     for size, num_params in sizes.items():
@@ -284,6 +299,60 @@ def test_a_random_matrix_takes_over_the_norms_of_rows_and_columns():
     torch.testing.assert_close(scaled.norm(dim=0), weight.norm(dim=0), rtol=1e-6, atol=0)
     plain = permutation_recovery.like(weight, torch.Generator().manual_seed(0), has_norms=False)
     assert not torch.allclose(plain.norm(dim=1), weight.norm(dim=1), rtol=0.1)
+
+
+# ---- what a permutation costs ----
+
+
+def test_folded_and_stored_orders_leave_sizes_and_the_folded_model_its_logits():
+    threads = torch.get_num_threads()
+    contenders = folding_speed.models(16, 2, 2)
+    assert torch.get_num_threads() == threads
+    plain, folded, stored = contenders.values()
+    counts = {sum(parameter.numel() for parameter in model.parameters()) for model in contenders.values()}
+    assert len(counts) == 1
+    kinds = [{type(module) for module in model.modules()} for model in (plain, folded)]
+    assert kinds[0] == kinds[1]  # nothing is left of an order at run time
+    orders = [name for name, _ in stored.named_buffers() if name.endswith("_order")]
+    assert len(orders) == 2 * 2 * 2 and not [name for name, _ in folded.named_buffers() if "_order" in name]
+    for name, layer in stored.named_modules():
+        if "row_order" in dict(layer.named_buffers(recurse=False)):
+            of_plain = plain.get_submodule(name).to_dense()
+            moved = of_plain[layer.row_order][:, layer.column_order.argsort()]
+            torch.testing.assert_close(layer.to_dense(), moved)
+            assert not torch.equal(moved, of_plain)
+
+
+def test_models_take_turns_and_are_compared_within_a_round(capsys):
+    taken: list[tuple[str, int]] = []
+    models = {"as it is": "as it is", "folded": "folded", "stored": "stored"}
+
+    def clock(model: str, ids: torch.Tensor) -> float:
+        taken.append((model, ids.shape[1]))
+        slow = len(taken) // 3 + 1  # a machine that grows slower from round to round
+        return slow * {"as it is": 1.0, "folded": 1.0, "stored": 2.0}[model]
+
+    rows = folding_speed.measure(models, 6, clock)
+    first, *counted = [taken[i : i + 3] for i in range(0, 21, 3)]
+    assert {name for name, _ in first} == models.keys()
+    assert [turn[0][0] for turn in counted] == [*models] * 2
+    assert [(row["num_tokens"], row["model"]) for row in rows] == [(n, name) for n in (1, 128) for name in models]
+    medians = {row["model"]: row["ratio"]["median"] for row in rows if row["num_tokens"] == 1}
+    assert medians["as it is"] == 1 and medians["stored"] > 1.5
+    assert folding_speed.table({"rows": rows})[2].startswith("| 1 | as it is | ")
+
+
+def test_the_page_of_permutations_has_the_table_of_the_committed_result():
+    path = fit_table.RESULTS / "folding_speed.json"
+    page = (ROOT / "docs" / "permutations.md").read_text(encoding="utf-8")
+    if not path.is_file():
+        assert "`python benchmarks/folding_speed.py --out benchmarks/results/folding_speed.json`" in page
+        return
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert (results["width"], len({*results["num_params"].values()})) == (768, 1)
+    assert results["rounds"] >= 50  # fewer are a trial
+    assert "\n".join(folding_speed.table(results)) in page
+    assert f"{results['rounds']} rounds" in page
 
 
 def test_speed_is_measured_of_every_start_alone(tmp_path, monkeypatch):

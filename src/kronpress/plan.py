@@ -6,6 +6,7 @@ a checkpoint stores so that it can be loaded.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from kronpress.errors import unknown_name
+from kronpress.folding import Sizes
 from kronpress.matrices import STRUCTURES, StructuredMatrix
+from kronpress.matrices.kronecker import KroneckerSpec
 from kronpress.recipe import Weighting
 
 
@@ -76,8 +79,16 @@ class LayerPlan(BaseModel):
     @property
     def flops_per_token(self) -> int:
         """Those of all places that multiply by the matrix; looking up a row is none."""
-        num_products = len(self.heads) + (0 if self.is_embedding else 1)
-        return num_products * count_flops(self.structure, self.out_features, self.in_features, self.spec)
+        return self.num_products * count_flops(self.structure, self.out_features, self.in_features, self.spec)
+
+    @property
+    def flops_per_token_dense(self) -> int:
+        return self.num_products * 2 * self.num_params_dense
+
+    @property
+    def num_products(self) -> int:
+        """How many places multiply by the matrix."""
+        return len(self.heads) + (0 if self.is_embedding else 1)
 
     def empty_matrix(self, dtype: torch.dtype) -> StructuredMatrix:
         """The matrix on the meta device."""
@@ -117,8 +128,10 @@ class Plan(BaseModel):
     once. FLOPs are those of all linear layers for one token, the head included, two for a multiply-add;
     attention scores and element-wise work are left out. `num_params_untied` are those of heads that were tied to a
     compressed embedding and are left dense; the integers of permutations are counted in `bytes` alone. `folding` names
-    the free dimensions (folding.py) whose units are put in the best order before the fits. `before` names the layers
-    that stages before this one, number `stage`, have replaced and this plan leaves as they are.
+    the free dimensions (`folding/`) whose units are put in the best order before the fits. `before` names the layers
+    that stages before this one, number `stage`, have replaced and this plan leaves as they are; `left_dense` those that
+    this stage or one before it targets and a measured allocation leaves as they were. `num_params_targets` and
+    `kept_of_targets` are of all that any stage so far has targeted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -127,6 +140,7 @@ class Plan(BaseModel):
     layers: dict[str, LayerPlan]
     stage: int = 1
     before: list[str] = []
+    left_dense: list[str] = []
     weighting: Weighting = Weighting()
     folding: list[str] = []
     rotation: bool = False
@@ -155,6 +169,44 @@ class Plan(BaseModel):
     def new_layers(self) -> list[str]:
         """The layers that this plan replaces, in the model's order."""
         return [name for name in self.layers if name not in self.before]
+
+    def without(self, names: Collection[str], num_params_untied: int) -> Plan:
+        """The plan of the same model with the layers `names` dense as they were, and its totals.
+
+        Args:
+            num_params_untied: of heads that have lost their tie nevertheless.
+        """
+        dense = [layer for name, layer in self.layers.items() if name in names]
+        layers = {name: layer for name, layer in self.layers.items() if name not in names}
+        more = sum(layer.num_params_dense - layer.num_params for layer in dense)
+        num_params = self.num_params + more + num_params_untied - self.num_params_untied
+        return Plan.model_validate(
+            {
+                **dict(self),
+                "layers": layers,
+                "before": [name for name in self.before if name not in names],
+                "left_dense": [*self.left_dense, *(name for name in self.layers if name in names)],
+                "allocation": None,
+                "num_params": num_params,
+                "num_params_targets": self.num_params_targets + more,
+                "num_params_untied": num_params_untied,
+                "kept_of_targets": (self.num_params_targets + more) / self.num_params_targets_dense,
+                "kept_of_model": num_params / self.num_params_dense,
+                "flops_per_token": self.flops_per_token
+                + sum(layer.flops_per_token_dense - layer.flops_per_token for layer in dense),
+                "bytes": num_params * (self.bytes_dense // self.num_params_dense)
+                + 8 * sum(layer.num_indices for layer in layers.values()),
+            }
+        )
+
+
+def kronecker_sums(layers: Mapping[str, LayerPlan]) -> dict[str, Sizes]:
+    """left_shape, right_shape and num_terms of those layers that become sums of Kronecker products."""
+    return {
+        name: (layer.spec.left_shape, layer.spec.right_shape, layer.spec.num_terms)
+        for name, layer in layers.items()
+        if isinstance(layer.spec, KroneckerSpec)
+    }
 
 
 @cache

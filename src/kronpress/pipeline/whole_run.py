@@ -7,18 +7,17 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from kronpress.calibration import Moments, calibrate, calibration_batches, moments_key
+from kronpress.calibration import Moments
 from kronpress.checkpoint import (
     LoadedModel,
     atomic_folder,
@@ -27,12 +26,13 @@ from kronpress.checkpoint import (
     load_model,
     write_model,
 )
-from kronpress.compression import LayerReport, compress_
 from kronpress.errors import RequestError, unknown_name
 from kronpress.evaluation import evaluate, longest_context
-from kronpress.healing import HealingLog, HealingRow, checkpoint_step, heal_, newest_checkpoint
+from kronpress.healing import HealingLog, HealingRow, heal_
+from kronpress.pipeline.compressing import Calibrated, calibrated, compress_loaded_
+from kronpress.pipeline.working_folder import STAGE_NOTE, is_begun, note_resumption, training_folder
 from kronpress.plan import Plan
-from kronpress.planning import make_plan, plan_stages
+from kronpress.planning import check_stages, make_plan, plan_stages
 from kronpress.recipe import Budget, Healing, Recipe, dump_recipe, load_recipe, recipe_names
 from kronpress.rivals import RIVALS, Contender, dense_contender
 from kronpress.tokens import RunningText, load_running_text, load_train_tokens
@@ -40,10 +40,6 @@ from kronpress.tokens import RunningText, load_running_text, load_train_tokens
 RESULTS_FORMAT = 1
 PROMPT = "It was a cold evening in November, and the old man"
 CONTINUATION_TOKENS = 40
-# What the working folder has of a stage that is done.
-STAGE_NOTE = "stage.json"
-# Tokens in memory at once while calibrating: GPT-2's logits of so many, and their gradients, take 0.4 GB.
-CALIBRATION_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -95,13 +91,14 @@ def run(
     continues = resume and work.exists()
     if not continues:
         check_writable(out, overwrite)
-        if _is_begun(work) and not overwrite:
+        if is_begun(work) and not overwrite:
             raise RequestError(f"{out} was begun and interrupted: --resume goes on with it, --overwrite starts anew")
         shutil.rmtree(work, ignore_errors=True)
     rival_recipes = {name: _rival_recipe(name, recipe) for name in recipe.rivals if name not in RIVALS}
     messages.stage(f"loading {recipe.model}")
     teacher = load_model(recipe.model, recipe.revision)
-    _check_later_stages(recipe, teacher)
+    if recipe.stages:
+        check_stages(teacher.model, recipe)
     known: dict[str, Moments] = {}
     data = calibrated(recipe.parts[0], teacher, messages.stage, known)
     plan = make_plan(teacher.model, recipe.parts[0], data.moments)
@@ -116,8 +113,8 @@ def run(
     arena = _Arena(recipe, teacher, _train_tokens(teacher.tokenizer, recipe, messages), _texts(recipe), messages)
 
     rows = [_measure(arena, dense_contender(teacher.model, plan), "dense")]
-    with _training_folder(work, recipe):
-        resumed_at_steps = _note_resumption(work)
+    with training_folder(work, recipe):
+        resumed_at_steps = note_resumption(work)
         main, stages = _compressed_and_healed(arena, plan, data, known, work, resume)
     rows += [row for stage in stages for row in stage["rows"]]
     final = Plan.model_validate(stages[-1]["plan"])
@@ -184,81 +181,6 @@ class _Arena:
     messages: Messages
 
 
-def calibration_batch(recipe: Recipe) -> int:
-    """How many sequences are in memory at once while calibrating."""
-    return max(1, CALIBRATION_TOKENS // recipe.calibration.sequence_length)
-
-
-class Calibrated(NamedTuple):
-    """What a plan and its fits need of the data: the dense model's moments, and the token ids they are of."""
-
-    moments: Moments | None = None
-    batches: Sequence[Tensor] = ()
-
-
-def calibrated(
-    recipe: Recipe, loaded: LoadedModel, message: Callable[[str], None], known: dict[str, Moments] | None = None
-) -> Calibrated:
-    """The calibration that the recipe needs, if any.
-
-    Args:
-        known: calibrations by their keys, to take it from if it is there, and to put it into.
-    """
-    if recipe.weighting.metric == "none":
-        return Calibrated()
-    batches = calibration_batches(loaded.tokenizer, recipe, calibration_batch(recipe))
-    known = {} if known is None else known
-    with_gradients = recipe.weighting.model_copy(update={"metric": "loss"})
-    keys = [
-        moments_key(loaded.model, recipe.model_copy(update={"weighting": weighting}), batches)
-        for weighting in (recipe.weighting, with_gradients)
-    ]
-    for key in keys:  # moments with gradients serve where none are asked for
-        if key in known:
-            return Calibrated(known[key], batches)
-    message(f"calibrating for {recipe.name} on {recipe.calibration.data}")
-    known[keys[0]] = calibrate(loaded.model, batches, recipe, messages=message)
-    return Calibrated(known[keys[0]], batches)
-
-
-def compress_loaded_(
-    loaded: LoadedModel,
-    plan: Plan,
-    data: Calibrated,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, LayerReport]:
-    """`compress_` the loaded model in place with all that the plan needs."""
-    return compress_(loaded.model, plan, progress, moments=data.moments, batches=data.batches)
-
-
-def compress_stages_(
-    loaded: LoadedModel,
-    recipe: Recipe,
-    message: Callable[[str], None],
-    progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[Plan, dict[str, LayerReport]]:
-    """Compress the loaded model in place by all stages of the recipe, with no healing between them.
-
-    Returns:
-        The plan of the model as it then is, and the error of each layer in the stage that replaced it last.
-    """
-    _check_later_stages(recipe, loaded)
-    plan: Plan | None = None
-    layers: dict[str, LayerReport] = {}
-    for part in recipe.parts:
-        data = calibrated(part, loaded, message)
-        plan = make_plan(loaded.model, part, data.moments, before=plan)
-        layers |= compress_loaded_(loaded, plan, data, progress)
-    assert plan is not None
-    return plan, layers
-
-
-def _check_later_stages(recipe: Recipe, dense: LoadedModel) -> None:
-    """Refuse what a later stage would refuse, as far as shapes tell; a measured allocation has to wait for its turn."""
-    if len(recipe.parts) > 1 and all(part.allocation != "measured" for part in recipe.parts):
-        plan_stages(dense.model, recipe)
-
-
 def _last_plan(recipe: Recipe, teacher: LoadedModel, first: Plan) -> Plan:
     """What the last stage will leave, as far as it can be known before the stages before it have run."""
     if not recipe.rivals:
@@ -296,7 +218,7 @@ def _compressed_and_healed(
             data = calibrated(part, student, arena.messages.stage, known)
             plan = make_plan(student.model, part, data.moments, before=plan)
         name = recipe.name if number == len(parts) else f"{recipe.name}, stage {number} of {len(parts)}"
-        story = _compress_(arena, student, part, plan, data)
+        story = _compress_(arena, student, part, plan, data, f", stage {number}" if recipe.stages else "")
         contender = _contender(name, student, plan)
         rows = [_measure(arena, contender, "compressed")]
         read = sum(earlier.healing.num_tokens for earlier in parts[: number - 1])
@@ -313,11 +235,17 @@ def _contender(name: str, loaded: LoadedModel, plan: Plan) -> Contender:
     return Contender(name, loaded.model, plan.num_params, plan.bytes, plan.flops_per_token)
 
 
-def _compress_(arena: _Arena, loaded: LoadedModel, recipe: Recipe, plan: Plan, data: Calibrated) -> dict[str, Any]:
-    """Compress in place, rounded as it will be stored; what results.json says of it."""
+def _compress_(
+    arena: _Arena, loaded: LoadedModel, recipe: Recipe, plan: Plan, data: Calibrated, stage: str = ""
+) -> dict[str, Any]:
+    """Compress in place, rounded as it will be stored; what results.json says of it.
+
+    Args:
+        stage: what is told of the stage after the recipe's name.
+    """
     set_seed(recipe.seed)
-    arena.messages.stage(f"compressing by {recipe.name}" + (f", stage {plan.stage}" if arena.recipe.stages else ""))
-    layers = compress_loaded_(loaded, plan, data)
+    arena.messages.stage(f"compressing by {recipe.name}{stage}")
+    layers = compress_loaded_(loaded, plan, data, messages=arena.messages.stage)
     _round_to_(loaded.model, arena.teacher.dtype)
     return {
         "plan": plan.model_dump(mode="json"),
@@ -356,9 +284,11 @@ def _rival_recipe(name: str, recipe: Recipe) -> Recipe:
     if name not in recipe_names() and not Path(name).is_file():
         raise unknown_name("rival", name, [*RIVALS, *recipe_names()])
     rival = load_recipe(name)
+    if rival.stages:
+        raise RequestError(f"rival {name!r} has stages: give it a run of its own")
     kept = ("model", "revision", "seed", "calibration", "healing", "evaluation")
     changes = {key: getattr(recipe, key) for key in kept}
-    if name in recipe_names() and not rival.has_fixed_sizes and not rival.stages:  # any targets will do for it
+    if name in recipe_names() and not rival.has_fixed_sizes:  # any targets will do for it
         changes["targets"] = recipe.all_targets
     return rival.model_copy(update=changes)
 
@@ -376,46 +306,6 @@ def _round_to_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Round the weights to the checkpoint's dtype: what is measured is what will be stored."""
     cast_parameters_(model, dtype)
     cast_parameters_(model, torch.float32)
-
-
-@contextmanager
-def _training_folder(work: Path, recipe: Recipe) -> Iterator[None]:
-    """Mark `work` as this recipe's; whatever happens, it stays only if there is a training checkpoint in it."""
-    note = work / "recipe.yaml"
-    if note.is_file() and load_recipe(note) != recipe:
-        raise RequestError(f"{work} holds an interrupted run of another recipe: --overwrite without --resume drops it")
-    work.mkdir(parents=True, exist_ok=True)
-    note.write_text(dump_recipe(recipe), encoding="utf-8")
-    try:
-        yield
-    finally:
-        if not _is_begun(work):
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def _is_begun(work: Path) -> bool:
-    """Whether there is anything in `work` to go on from."""
-    return _steps_done(work) is not None
-
-
-def _steps_done(work: Path) -> int | None:
-    """The optimiser steps, of all stages, that need not be done again; None if there is nothing to go on from."""
-    finished = [json.loads(note.read_text(encoding="utf-8")) for note in work.glob(f"stage-*/{STAGE_NOTE}")]
-    current = [newest_checkpoint(folder) for folder in (work, work / f"stage-{len(finished) + 1}")]
-    steps = [stage["healing"]["num_steps"] for stage in finished]
-    steps += [checkpoint_step(checkpoint) for checkpoint in current if checkpoint is not None]
-    return sum(steps) if steps else None
-
-
-def _note_resumption(work: Path) -> list[int]:
-    """The steps at which this run was resumed so far, this time included."""
-    note = work / "resumed_at_steps.json"
-    steps = json.loads(note.read_text()) if note.is_file() else []
-    done = _steps_done(work)
-    if done is not None:
-        steps.append(done)
-        note.write_text(json.dumps(steps))
-    return steps
 
 
 def _train_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, messages: Messages) -> Tensor:

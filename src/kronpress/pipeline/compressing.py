@@ -1,0 +1,89 @@
+"""Calibrating and compressing a loaded model as its recipe asks, all stages in turn; no healing, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kronpress.calibration import Moments, calibrate, calibration_batches, moments_key
+from kronpress.checkpoint import LoadedModel
+from kronpress.compression import LayerReport, compress_
+from kronpress.plan import Plan
+from kronpress.planning import check_stages, make_plan
+from kronpress.recipe import Recipe
+
+# Tokens in memory at once while calibrating: GPT-2's logits of so many, and their gradients, take 0.4 GB.
+CALIBRATION_TOKENS = 1024
+
+
+def calibration_batch(recipe: Recipe) -> int:
+    """How many sequences are in memory at once while calibrating."""
+    return max(1, CALIBRATION_TOKENS // recipe.calibration.sequence_length)
+
+
+class Calibrated(NamedTuple):
+    """What a plan and its fits need of the data: the dense model's moments, and the token ids they are of."""
+
+    moments: Moments | None = None
+    batches: Sequence[Tensor] = ()
+
+
+def calibrated(
+    recipe: Recipe, loaded: LoadedModel, message: Callable[[str], None], known: dict[str, Moments] | None = None
+) -> Calibrated:
+    """The calibration that the recipe needs, if any.
+
+    Args:
+        known: calibrations by their keys, to take it from if it is there, and to put it into.
+    """
+    if recipe.weighting.metric == "none":
+        return Calibrated()
+    batches = calibration_batches(loaded.tokenizer, recipe, calibration_batch(recipe))
+    known = {} if known is None else known
+    with_gradients = recipe.weighting.model_copy(update={"metric": "loss"})
+    keys = [
+        moments_key(loaded.model, recipe.model_copy(update={"weighting": weighting}), batches)
+        for weighting in (recipe.weighting, with_gradients)
+    ]
+    for key in keys:  # moments with gradients serve where none are asked for
+        if key in known:
+            return Calibrated(known[key], batches)
+    message(f"calibrating for {recipe.name} on {recipe.calibration.data}")
+    known[keys[0]] = calibrate(loaded.model, batches, recipe, messages=message)
+    return Calibrated(known[keys[0]], batches)
+
+
+def compress_loaded_(
+    loaded: LoadedModel,
+    plan: Plan,
+    data: Calibrated,
+    progress: Callable[[str, int, int], None] | None = None,
+    messages: Callable[[str], None] = lambda _: None,
+) -> dict[str, LayerReport]:
+    """`compress_` the loaded model in place with all that the plan needs."""
+    return compress_(loaded.model, plan, progress, moments=data.moments, batches=data.batches, messages=messages)
+
+
+def compress_stages_(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    message: Callable[[str], None],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Plan, dict[str, LayerReport]]:
+    """Compress the loaded model in place by all stages of the recipe, with no healing between them.
+
+    Returns:
+        The plan of the model as it then is, and the error of each layer in the stage that replaced it last.
+    """
+    if recipe.stages:
+        check_stages(loaded.model, recipe)
+    plan: Plan | None = None
+    layers: dict[str, LayerReport] = {}
+    for part in recipe.parts:
+        data = calibrated(part, loaded, message)
+        plan = make_plan(loaded.model, part, data.moments, before=plan)
+        layers |= compress_loaded_(loaded, plan, data, progress, message)
+    assert plan is not None
+    return plan, layers
