@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from reference.kronecker import discarded_energy, kronecker_sum, multiply_adds, van_loan_squared_error
+from samples.matrices import normal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,10 +35,6 @@ def specs(draw: st.DrawFn) -> KroneckerSpec:
 def shape_of(spec: KroneckerSpec) -> tuple[int, int]:
     (m1, n1), (m2, n2) = spec.left_shape, spec.right_shape
     return m1 * m2, n1 * n2
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def normal_factors(seed: int, spec: KroneckerSpec) -> dict[str, Tensor]:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from kronpress.matrices.metric import Metric, separable, square_root, times
-from kronpress.matrices.svd import balanced, balanced_svd, leading_eigenvectors, ridged_cholesky
+from kronpress.matrices.svd import balanced, balanced_svd, leading_eigenvectors, ridged_cholesky, thin_balanced_svd
 
 Shape = tuple[int, int]
 Sides = tuple[Tensor, Tensor]
 MAX_SWEEPS = 40
+# Entries of a factor up to which R(W) has so few rows, or columns, that it is not formed.
+TINY = 64
 # Stop when a sweep lowers the loss by less than this fraction.
 TOLERANCE = 1e-3
 # Weight of the old factor in each step, relative to the normal equations' mean diagonal: keeps them solvable where
@@ -52,7 +54,7 @@ def nearest_sum(
         weight = rows_times(weight, root1, root2)
         undo = inverse1, inverse2
     if metric.input is None:
-        left, right = _van_loan(weight, left_shape, right_shape, num_terms)
+        left, right = van_loan(weight, left_shape, right_shape, num_terms)
     elif n1 == 1 or n2 == 1:
         left, right = _thin(weight, left_shape, right_shape, num_terms, metric.input)
     else:
@@ -107,9 +109,38 @@ def columns_times(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return twice.reshape(-1, size2, size1).mT.reshape(weight.shape)
 
 
-def _van_loan(weight: Tensor, left_shape: Shape, right_shape: Shape, num_terms: int) -> tuple[Tensor, Tensor]:
-    a, b = balanced_svd(rearranged(weight, left_shape, right_shape), num_terms)
-    return a.mT.reshape(num_terms, *left_shape), b.reshape(num_terms, *right_shape)
+def van_loan(
+    weight: Tensor, left_shape: Shape, right_shape: Shape, num_terms: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """A (k, m1, n1) and B (k, m2, n2), ‖A_i‖ = ‖B_i‖, with ‖W − Σ A_i ⊗ B_i‖ least; computed in float64.
+
+    The truncated SVD of R(W) (Van Loan & Pitsianis 1993), which is not formed where one factor is tiny.
+
+    Args:
+        weight: W (m, n), of any floating-point dtype.
+        dtype: of A and B.
+    """
+    (m1, n1), (m2, n2), k = left_shape, right_shape, num_terms
+    places = weight.reshape(m1, m2, n1, n2)
+    # In memory as factors are stored, (m1, k, n1) and (m2, k, n2).
+    left, right = (
+        weight.new_empty(rows, k, columns, dtype=dtype).transpose(0, 1) for rows, columns in ((m1, n1), (m2, n2))
+    )
+    if m2 * n2 <= min(TINY, m1 * n1):
+        right[:] = _thin_side(places.permute(1, 3, 0, 2), left).mT.reshape(k, m2, n2)
+    elif m1 * n1 <= TINY:
+        left[:] = _thin_side(places.permute(0, 2, 1, 3), right).mT.reshape(k, m1, n1)
+    else:
+        a, b = balanced_svd(rearranged(weight, left_shape, right_shape).to(torch.float64), k)
+        left[:], right[:] = a.mT.reshape(k, m1, n1), b.reshape(k, m2, n2)
+    return left, right
+
+
+def _thin_side(rows: Tensor, out: Tensor) -> Tensor:
+    """`thin_balanced_svd` with the columns of M in the order in which memory is read."""
+    if rows.stride(2) < rows.stride(3):
+        return thin_balanced_svd(rows.mT, out.mT)
+    return thin_balanced_svd(rows, out)
 
 
 def _thin(
@@ -134,7 +165,7 @@ def separable_start(
 ) -> tuple[Tensor, Tensor]:
     """The optimum for the nearest C1 ⊗ C2 to C: Van Loan on W (C1^½ ⊗ C2^½), undone; exact if C is separable."""
     (root1, inverse1), (root2, inverse2) = map(square_root, separable(moment, left_shape[1], right_shape[1]))
-    left, right = _van_loan(columns_times(weight, root1, root2), left_shape, right_shape, num_terms)
+    left, right = van_loan(columns_times(weight, root1, root2), left_shape, right_shape, num_terms)
     return left @ inverse1, right @ inverse2
 
 
