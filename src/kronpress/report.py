@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kronpress.benchmark import Benchmark, ModelBenchmark, Spread
+from kronpress.benchmark import Benchmark, ModelBenchmark, Speedup, Spread, Timing, Ways
 from kronpress.compression import LayerReport
 from kronpress.errors import RequestError
 from kronpress.healing import HealingRow
@@ -101,10 +101,8 @@ def plan_tables(plan: Plan) -> list[Table]:
     for title, justify in [("layers", "right"), ("first", "left"), ("shape", "right"), ("becomes", "left")]:
         layers.add_column(title, justify=justify, no_wrap=title == "first")  # type: ignore[arg-type]
     for (out_features, in_features, structure, spec), names in groups.items():
-        sizes = ", ".join(
-            "×".join(map(str, value)) if isinstance(value, tuple) else f"{field} {value}" for field, value in spec
-        )
-        layers.add_row(str(len(names)), names[0], f"{out_features}×{in_features}", f"{structure} {sizes}")
+        shape = f"{out_features}×{in_features}"
+        layers.add_row(str(len(names)), names[0], shape, f"{structure} {_sizes(spec)}")
     return [totals, layers]
 
 
@@ -152,42 +150,97 @@ def _titled_table(title: str, columns: list[str]) -> Table:
     return table
 
 
-def benchmark_table(result: Benchmark) -> Table:
-    """Speed, sizes and memory of one model, or of two side by side with the ratio of their speeds."""
-    comparison = result.comparison
-    models = [result.model] if comparison is None else [result.model, comparison.against]
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), caption_justify="left")
-    table.add_column("")
-    for title in ("model", "against", "speedup", "bound")[: 1 if comparison is None else 4]:
-        table.add_column(title, justify="right")
-    for kind in ("decode", "prefill"):
-        spreads, bound = [getattr(model, kind).tokens_per_second for model in models], []
-        if comparison is not None:
-            ratio = getattr(comparison, kind)
-            spreads, bound = [*spreads, ratio.spread], [_three_digits(ratio.bound)]
-        table.add_row(f"{kind}, tokens/s", *(_three_digits(spread.median) for spread in spreads), *bound)
-        table.add_row("  quartiles", *map(_quartiles, spreads))
-    table.add_section()
-    for title, figure in _BENCHMARK_ROWS.items():
-        table.add_row(title, *map(figure, models))
-    table.caption = "\n".join(
+def benchmark_tables(result: Benchmark) -> list[Table]:
+    """Speeds at each work, one row for each model with the ratio to the reference; then sizes and memory."""
+    tables = [_speed_table(result, number) for number in range(len(result.works))]
+    sizes = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+    sizes.add_column("MB, but for the\nfirst and the last", no_wrap=True)
+    for title in ("parameters", "computed\nwith", "on\ndisk", "peak", "peak,\nrunning", "load-\ning, s"):
+        sizes.add_column(title, justify="right")
+    for model in result.models:
+        memory = model.memory
+        sizes.add_row(
+            _contender(result, model),
+            f"{model.sizes.num_params:,}",
+            _megabytes(model.sizes.num_bytes),
+            _megabytes(model.disk_bytes),
+            _megabytes(memory.peak_bytes if memory else None),
+            _megabytes(memory.running_peak_bytes if memory else None),
+            "–" if memory is None or memory.load_seconds is None else f"{memory.load_seconds:.2f}",
+        )
+    names = {model.kind: (model.name, model.recipe) for model in result.models}
+    dtypes = " and ".join(dict.fromkeys(model.dtype for model in result.models))
+    sizes.caption = "\n".join(
         [
-            *(f"{title}: {model.name}" for title, model in zip(("model", "against"), models, strict=False)),
-            f"{result.prompt_tokens} prompt and {result.new_tokens} new tokens, batch {result.batch_size}, "
-            f"{result.dtype}; median of {result.rounds} rounds",
+            *(f"{kind}: {name}{f', {recipe}' if recipe else ''}" for kind, (name, recipe) in names.items()),
+            *(["random weights"] if result.random_weights else []),
+            *(["blocks compiled, those of rivals not"] if any(model.is_compiled for model in result.models) else []),
+            *(["dense weights may be kept"] if result.dense_cache else []),
+            f"{dtypes}; median and quartiles of {result.rounds} rounds",
+            f"memory: {result.memory_work}",
             f"{result.machine.cpu}, {result.machine.threads} threads; device {result.machine.device}",
             ", ".join(f"{package} {number}" for package, number in result.versions.items()),
         ]
     )
+    ways = [
+        _ways_table(f"{_contender(result, model)}: ways of {each.num_tokens} tokens at once", each)
+        for model in result.models
+        for each in model.ways or ()
+    ]
+    return [*ways, *tables, sizes]
+
+
+def _ways_table(title: str, ways: Ways) -> Table:
+    """One row for all layers that are alike."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for layer in ways.layers:
+        sizes = f"{layer.shape[0]}×{layer.shape[1]} {layer.structure} {_sizes(layer.spec.items())}"
+        groups.setdefault((sizes, layer.way, layer.reason), []).append(layer.name)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
+    for column, justify in [("layers", "right"), ("first, and what it is", "left"), ("way, and why", "left")]:
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for (sizes, way, reason), names in groups.items():
+        table.add_row(str(len(names)), f"{names[0]}\n{sizes}", f"{way}\n{reason}")
     return table
 
 
-_BENCHMARK_ROWS: dict[str, Callable[[ModelBenchmark], str]] = {
-    "parameters": lambda model: f"{model.sizes.num_params:,}",
-    "parameters, MB": lambda model: f"{model.sizes.num_bytes / 1e6:,.2f}",
-    "peak memory, MB": lambda model: _megabytes(model.memory.peak_bytes),
-    "loading, s": lambda model: f"{model.memory.load_seconds:.2f}",
-}
+def _sizes(spec: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(
+        "×".join(map(str, value)) if isinstance(value, tuple | list) else f"{field} {value}" for field, value in spec
+    )
+
+
+def _speed_table(result: Benchmark, number: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title=str(result.works[number]), title_justify="left")
+    table.add_column("")
+    compared = [] if result.reference is None else ["speedup", "bound"]
+    for column in ("tokens/s", "ms/token", *compared):
+        table.add_column(column, justify="right")
+    for kind in ("decode", "prefill"):
+        table.add_section()
+        table.add_row(kind)
+        for model in result.models:
+            measured = model.measured[number]
+            timing: Timing = getattr(measured, kind)
+            spreads = [timing.tokens_per_second, _in_milliseconds(timing.seconds_per_token)]
+            bounds = []
+            if measured.comparison is not None:
+                speedup: Speedup = getattr(measured.comparison, kind)
+                spreads.append(speedup.spread)
+                bounds.append("–" if speedup.bound is None else _three_digits(speedup.bound))
+            medians = [_three_digits(spread.median) for spread in spreads]
+            table.add_row(f"  {_contender(result, model)}", *medians, *bounds)
+            table.add_row("", *map(_quartiles, spreads))
+    return table
+
+
+def _contender(result: Benchmark, model: ModelBenchmark) -> str:
+    """What a row is called: its kind, and its dtype where there are several."""
+    return model.kind if len({each.dtype for each in result.models}) == 1 else f"{model.kind} {model.dtype}"
+
+
+def _in_milliseconds(seconds: Spread) -> Spread:
+    return Spread(**{name: 1e3 * value for name, value in seconds.model_dump().items()})
 
 
 def _three_digits(figure: float) -> str:
@@ -200,7 +253,7 @@ def _quartiles(spread: Spread) -> str:
 
 
 def _megabytes(num_bytes: int | None) -> str:
-    return "–" if num_bytes is None else f"{num_bytes / 1e6:,.2f}"
+    return "–" if num_bytes is None else _three_digits(num_bytes / 1e6)
 
 
 def healing_line(row: HealingRow) -> str:
