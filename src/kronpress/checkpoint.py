@@ -53,6 +53,9 @@ METHOD = "kronpress"
 FORMAT_VERSION = 2
 # Of a weights file, in its own header.
 CHECKSUM = "kronpress.sha256"
+# The code in the folder of a self-contained export.
+SELF_CONTAINED = "kronpress_runtime.py"
+NO_CHECKSUM = "0" * 64
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -163,6 +166,17 @@ def record_checksum_(path: Path) -> None:
         new.write(len(encoded).to_bytes(8, "little") + encoded)
         shutil.copyfileobj(old, new)
     partial.replace(path)
+
+
+def fill_checksum_(path: Path) -> None:
+    """`record_checksum_` in place, in a header with NO_CHECKSUM for it."""
+    checksum = _checksum(path).encode()
+    with path.open("r+b") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+        place = file.read(num_bytes).index(NO_CHECKSUM.encode())
+        file.seek(8 + place)
+        file.write(checksum)
+        os.fsync(file.fileno())
 
 
 def check_checksum(path: Path) -> None:
@@ -279,11 +293,15 @@ def load_model(name: str, revision: str | None = None) -> LoadedModel:
     """The causal language model MODEL and its tokenizer, on the GPU if there is one.
 
     Raises:
-        RequestError: no such model, or a folder that is no checkpoint.
+        RequestError: no such model, a folder that is no checkpoint, or a self-contained export.
         WorkError: the checkpoint is damaged or holds NaN or infinity, or the Hub could not be reached.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = model_path(name)
+    if (Path(path) / SELF_CONTAINED).is_file():
+        raise RequestError(
+            f"model {name!r} is a self-contained export, which kronpress does not read: give what it was made from"
+        )
     with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype="auto", output_loading_info=True, trust_remote_code=False
@@ -390,25 +408,30 @@ def check_writable(out: Path, overwrite: bool) -> None:
         raise RequestError(f"output folder {str(out)!r} is not empty: choose another, or pass --overwrite")
 
 
+def take_name(folder: Path, out: Path) -> None:
+    """Rename a finished folder to `out`, in place of what is there; if that fails it is there still."""
+    earlier = out.with_name(f".{out.name}.earlier-{os.getpid()}")
+    if out.exists():
+        out.rename(earlier)
+    try:
+        folder.rename(out)
+    except BaseException:
+        if earlier.exists():
+            earlier.rename(out)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
 @contextmanager
 def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into that takes the name `out` only when the block ends without an error."""
     out = out.resolve()
     check_writable(out, overwrite)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    earlier = out.with_name(f".{out.name}.earlier-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         yield partial
-        if out.exists():
-            out.rename(earlier)
-        try:
-            partial.rename(out)
-        except BaseException:
-            if earlier.exists():
-                earlier.rename(out)
-            raise
-        shutil.rmtree(earlier, ignore_errors=True)
+        take_name(partial, out)
     except (OSError, SafetensorError) as error:
         raise WorkError(f"could not write {str(out)!r}: {error}; what was there before is unchanged") from error
     finally:
