@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import kronpress as kp
-from kronpress import cli, pipeline
+from kronpress import cli
+from kronpress.pipeline import whole_run
 from kronpress.recipe import recipe_names
 from kronpress.surgery import structured_layers
 
@@ -346,7 +347,7 @@ def test_square_brackets_are_text(shop, tmp_path, monkeypatch):
     text = shutil.copy(shop.text, folder / "[bold].txt")
     assert str(folder / "out") in done("compress", shop.dense, "--recipe", shop.recipe, "--out", folder / "out")
     assert "[bold].txt" in done("eval", folder / "out", "--data", text)
-    monkeypatch.setattr(pipeline, "continue_text", lambda *_: "He said [/nothing] and [red]wept.")
+    monkeypatch.setattr(whole_run, "continue_text", lambda *_: "He said [/nothing] and [red]wept.")
     options = set_options(model=shop.dense, healing__data=text, evaluation__data=text)
     ended = call("run", shop.recipe, "--out", folder / "run", *options, *shop.healing)
     assert ended.code == 0, ended.err

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -21,13 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kronpress import cli
+from kronpress.export import onnx_graph
 from kronpress.healing import training
+from kronpress.weight_files import ShardFiles
 
 PAGE = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"```console\n\$ kronpress (.+)\nkronpress: error: (.+)\n\$ echo \$\?\n(\d)\n```")
 SECTIONS = {
     title: BLOCK.findall(body) for title, body in re.findall(r"^### (.+)\n((?:(?!^##).*\n)*)", PAGE, re.MULTILINE)
 }
+KEPT = (".out.healing", ".out.streaming")
 CASES = [(title, *block) for title, blocks in SECTIONS.items() for block in blocks]
 
 
@@ -45,6 +50,17 @@ def other_vocabulary(tools: SimpleNamespace) -> None:
 def short_texts(tools: SimpleNamespace) -> None:
     Path("empty.txt").write_text("")
     Path("short.txt").write_text("a")
+
+
+def staged(tools: SimpleNamespace) -> None:
+    table = {
+        "share": 0,
+        "targets": "embedding",
+        "structure": "kronecker",
+        "spec": {"right_shape": [1, 2], "num_terms": 1},
+    }
+    recipe = {"targets": "mlp", "structure": "low_rank", "budget": {"kept_of_targets": 0.5}}
+    Path("staged.yaml").write_text(json.dumps({"name": "staged", **recipe, "stages": [table, {"share": 1}]}))
 
 
 def latin_1(tools: SimpleNamespace) -> None:
@@ -117,6 +133,22 @@ def full_disk(tools: SimpleNamespace) -> None:
     tools.monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", save_half)
 
 
+def full_disk_while_streaming(tools: SimpleNamespace) -> None:
+    def write(self: ShardFiles, tensors: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tools.monkeypatch.setattr(ShardFiles, "write", write)
+
+
+def pickled(tools: SimpleNamespace) -> None:
+    Path(shutil.copytree("dense", "pickled"), "model.safetensors").rename("pickled/pytorch_model.bin")
+
+
+def not_for_export(tools: SimpleNamespace) -> None:
+    tools.monkeypatch.setattr(onnx_graph, "find_spec", lambda name: None)
+    assert call("export", "small", "--format", "self-contained", "--out", "taken-along") == (0, "")
+
+
 def nothing(tools: SimpleNamespace) -> None:
     pass
 
@@ -125,11 +157,15 @@ MADE = {
     "A budget that cannot be reached": nothing,
     "A shape that does not factor": nothing,
     "An unknown recipe, field or command": nothing,
+    "A benchmark that cannot be made": nothing,
     "A tokenizer that does not fit the model": misfit,
     "Teacher and student with different vocabularies": other_vocabulary,
     "Empty text": short_texts,
     "Text that is too short": short_texts,
     "A calibration that cannot be": short_texts,
+    "Streaming what needs the whole model": pickled,
+    "A change that a stage would not see": staged,
+    "An export that cannot be": not_for_export,
     "Text that is not UTF-8": latin_1,
     "Weights that are cut short": truncated,
     "Weights that were altered": altered,
@@ -138,6 +174,7 @@ MADE = {
     "NaN or infinity in what a layer reads": overflowing,
     "A loss that becomes NaN in healing": nan_at_the_third_step,
     "A full disk": full_disk,
+    "A full disk while streaming": full_disk_while_streaming,
 }
 
 
@@ -179,9 +216,9 @@ def call(*arguments: str) -> tuple[int, str]:
 
 
 def content() -> dict[str, bytes]:
-    """The current folder's files; a run's training checkpoints are meant to stay, and are not among them."""
+    """The current folder's files, less training checkpoints and streamed layers, which are meant to stay."""
     files = (path for path in Path().rglob("*") if path.is_file())
-    return {str(path): path.read_bytes() for path in files if path.parts[0] != ".out.healing"}
+    return {str(path): path.read_bytes() for path in files if path.parts[0] not in KEPT}
 
 
 def pattern(message: str) -> str:

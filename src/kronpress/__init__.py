@@ -6,7 +6,9 @@ Importing this package registers its checkpoint format with transformers.
 from kronpress import matrices
 from kronpress.calibration import Moments, calibrate
 from kronpress.checkpoint import attached_plan, load_model, save_checkpoint, to_dense
-from kronpress.compression import LayerReport, compress_
+from kronpress.compiled import compile_, uncompile_
+from kronpress.compression import LayerReport, compress_, initialise_
+from kronpress.dispatch import Dispatch, drop_dense_caches, explain, set_dispatch
 from kronpress.errors import RequestError, WorkError
 from kronpress.evaluation import EvaluationResult, evaluate
 from kronpress.healing import HealingLog, heal_
@@ -14,10 +16,12 @@ from kronpress.layers import StructuredEmbedding, StructuredLinear
 from kronpress.plan import LayerPlan, Plan
 from kronpress.planning import make_plan
 from kronpress.recipe import Recipe, load_recipe
+from kronpress.streaming import compress_streaming
 from kronpress.tokens import load_running_text, load_train_tokens
 from kronpress.version import __version__
 
 __all__ = [
+    "Dispatch",
     "EvaluationResult",
     "HealingLog",
     "LayerPlan",
@@ -32,9 +36,14 @@ __all__ = [
     "__version__",
     "attached_plan",
     "calibrate",
+    "compile_",
     "compress_",
+    "compress_streaming",
+    "drop_dense_caches",
     "evaluate",
+    "explain",
     "heal_",
+    "initialise_",
     "load_model",
     "load_recipe",
     "load_running_text",
@@ -42,5 +51,7 @@ __all__ = [
     "make_plan",
     "matrices",
     "save_checkpoint",
+    "set_dispatch",
     "to_dense",
+    "uncompile_",
 ]

@@ -16,10 +16,11 @@ from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from kronpress.benchmark import DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, benchmark
-from kronpress.checkpoint import check_writable, load_config, load_model, save_checkpoint, to_dense
+from kronpress.benchmark import DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, RIVALS, benchmark
+from kronpress.checkpoint import check_writable, load_config, load_model, save_checkpoint
 from kronpress.errors import RequestError, WorkError, unknown_name
 from kronpress.evaluation import LONGEST_DEFAULT_WINDOW, PROTOCOLS, check_vocabulary, evaluate
+from kronpress.export import FORMATS, export_checkpoint
 from kronpress.families import GEOMETRIES
 from kronpress.harness import find_tasks, run_tasks
 from kronpress.healing import heal_
@@ -28,7 +29,7 @@ from kronpress.pipeline import run as run_pipeline
 from kronpress.planning import make_plan
 from kronpress.recipe import POCKET, dump_recipe, load_recipe, recipe_names
 from kronpress.report import (
-    benchmark_table,
+    benchmark_tables,
     evaluation_tables,
     healing_line,
     layers_table,
@@ -37,6 +38,7 @@ from kronpress.report import (
     tasks_table,
 )
 from kronpress.spectrum import check_plot_path, plot_spectrum, spectrum, spectrum_tables
+from kronpress.streaming import compress_streaming
 from kronpress.tokens import load_running_text, load_train_tokens
 
 app = typer.Typer(
@@ -99,6 +101,7 @@ def plan(
 
     MODEL may also be a bare geometry, such as gpt2, gpt2-medium or llama-2-7b. --spectrum, and a recipe whose
     allocation is measured, need the model's weights; where the recipe fits to real inputs they are calibrated first.
+    Of a recipe of stages the plan is that of the last, and the spectrum of what all stages target.
     """
     if plot is not None:
         if not with_spectrum:
@@ -115,11 +118,12 @@ def plan(
             )
             raise RequestError(f"{reason}: {model!r} by name alone has no weights")
         loaded = load_model(model, resolved.revision)
-        moments, _ = calibrated(resolved, loaded, _say)
+        at_once = resolved.in_one_stage
+        moments, _ = calibrated(at_once, loaded, _say)
         made = make_plan(loaded.model, resolved, moments)
         if with_spectrum:
             measured = spectrum(
-                loaded.model, resolved, moments, lambda name, done, total: _say(f"  {done + 1}/{total} {name}")
+                loaded.model, at_once, moments, lambda name, done, total: _say(f"  {done + 1}/{total} {name}")
             )
     else:
         made = make_plan(load_config(model, resolved.revision), resolved)
@@ -155,22 +159,37 @@ def compress(
         list[str] | None, typer.Option(help="text to calibrate on, in place of the recipe's calibration.data")
     ] = None,
     changes: SetOption = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="layer by layer from the files of MODEL, which need not fit into memory")
+    ] = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit and replace, without training, and write the checkpoint."""
+    """Fit and replace, without training, and write the checkpoint.
+
+    With --streaming MODEL is a local folder of safetensors, and the recipe one that fits weights alone. Interrupted,
+    the same command goes on after the last layer that was done.
+    """
     check_writable(out, overwrite)
     calibrated_on = [f"calibration.data={json.dumps(calibration)}"] if calibration else []
     resolved = load_recipe(recipe, [*(changes or []), *calibrated_on], model)
-    if calibration and resolved.weighting.metric == "none":
+    if calibration and all(part.weighting.metric == "none" for part in resolved.parts):
         raise RequestError(
             f"--calibration: recipe {resolved.name!r} fits the weights alone; set weighting.metric=input"
         )
-    loaded = load_model(model, resolved.revision)
-    made, layers = compress_stages_(
-        loaded, resolved, _say, lambda name, done, total: _say(f"  {done + 1}/{total} {name}")
-    )
-    save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
+
+    def progress(name: str, done: int, total: int) -> None:
+        _say(f"  {done + 1}/{total} {name}")
+
+    if streaming:
+        if resolved.weighting.metric != "none":
+            raise RequestError(f"--streaming: recipe {resolved.name!r} is calibrated, which needs the model in memory")
+        made = make_plan(load_config(model, resolved.revision), resolved)
+        layers = compress_streaming(model, made, out, progress=progress, overwrite=overwrite)
+    else:
+        loaded = load_model(model, resolved.revision)
+        made, layers = compress_stages_(loaded, resolved, _say, progress)
+        save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
     if as_json:
         reports = {name: report.model_dump(mode="json") for name, report in layers.items()}
         _print_json({"out": str(out), "plan": made.model_dump(mode="json"), "layers": reports})
@@ -270,46 +289,94 @@ def bench(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL2", help="the model to compare with, the dense one for instance")
     ] = None,
+    batch_size: Annotated[str, typer.Option(metavar="N,N,…", help="sequences at once")] = "1",
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="tokens of the prefill; 128, or what the context allows, if not given")
+        str | None,
+        typer.Option(metavar="N,N,…", help="tokens of the prefill; 128, or what the context allows, if not given"),
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="tokens to decode")] = DEFAULT_NEW_TOKENS,
+    dtype: Annotated[
+        str, typer.Option(metavar="T,T,…", help="computed in: float32 or bfloat16, whatever is stored")
+    ] = "float32",
+    rivals: Annotated[
+        str | None, typer.Option(metavar="R,R,…", help=f"to measure beside them: {', '.join(RIVALS)}")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="from the configuration alone; MODEL may be a bare geometry")
+    ] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="with --random-weights: measure what it makes of MODEL against dense MODEL")
+    ] = None,
+    changes: SetOption = None,
+    dense_cache: Annotated[
+        str, typer.Option(metavar="on|off", help="whether structured layers may keep dense weights, where that pays")
+    ] = "off",
+    compiled: Annotated[bool, typer.Option("--compile", help="compile whole blocks, of all but the rivals")] = False,
+    with_ways: Annotated[
+        bool, typer.Option("--explain", help="also show which way each structured layer goes, and why")
+    ] = False,
     rounds: Annotated[int, typer.Option(help="how often everything is measured")] = DEFAULT_ROUNDS,
     threads: Annotated[int | None, typer.Option(help="CPU threads; as torch chooses if not given")] = None,
-    dtype: Annotated[str, typer.Option(help="computed in: float32 or bfloat16, whatever is stored")] = "float32",
+    memory: Annotated[bool, typer.Option(help="measure memory too, each model in a process of its own")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure tokens per second at prefill and decode, and peak memory, of one model or of two in turns."""
+    """Measure tokens per second at prefill and decode, and peak memory, of models in turns.
+
+    Every batch size is measured with every prompt length, and every model in every dtype. Beside each ratio stands the
+    bound: what it would be if only weights were read (decode), or only multiplied by (prefill).
+    """
+    if changes and recipe is None:
+        raise RequestError(f"--set {changes[0]!r} changes a recipe, and none is given: give --recipe")
+    if dense_cache not in ("on", "off"):
+        raise unknown_name("--dense-cache", dense_cache, ("on", "off"))
     result = benchmark(
         model,
         against,
-        prompt_tokens=prompt_tokens,
+        batch_sizes=_integers("--batch-size", batch_size),
+        prompt_tokens=None if prompt_tokens is None else _integers("--prompt-tokens", prompt_tokens),
         new_tokens=new_tokens,
+        dtypes=_words(dtype),
+        rivals=_words(rivals or ""),
+        random_weights=random_weights,
+        recipe=None if recipe is None else load_recipe(recipe, changes, model),
+        dense_cache=dense_cache == "on",
+        compiled=compiled,
+        with_ways=with_ways,
         rounds=rounds,
         threads=threads,
-        dtype=dtype,
+        memory=memory,
         progress=_say,
     )
     if as_json:
         _print_json(result.model_dump(mode="json"))
         return
-    out_console.print(benchmark_table(result))
+    for table in benchmark_tables(result):
+        out_console.print(table)
+
+
+def _words(given: str) -> list[str]:
+    return [word.strip() for word in given.split(",") if word.strip()]
+
+
+def _integers(option: str, given: str) -> list[int]:
+    try:
+        return [int(word) for word in given.split(",")]
+    except ValueError as error:
+        raise RequestError(f"{option} {given!r}: must be whole numbers with commas between them, as in 1,4") from error
 
 
 @app.command()
 def export(
     directory: Checkpoint,
     out: OutOption,
-    format: Annotated[str, typer.Option(help="dense: an ordinary checkpoint for stock transformers")] = "dense",
+    format: Annotated[
+        str, typer.Option(help="; ".join(f"{name}: {meaning}" for name, meaning in FORMATS.items()))
+    ] = "dense",
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write a compressed checkpoint in another format."""
-    if format != "dense":
-        raise RequestError(f"format {format!r}: allowed is dense")
-    check_writable(out, overwrite)
-    loaded = load_model(str(directory))
-    save_checkpoint(to_dense(loaded.model), loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
-    out_console.print(f"dense checkpoint: {out}")
+    export_checkpoint(str(directory), format, out, overwrite=overwrite, say=_say)
+    out_console.print(f"{format} checkpoint: {out}")
 
 
 @app.command()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
+import torch
 from torch import Tensor, nn
 
 from kronpress.matrices import StructuredMatrix
+from kronpress.ways import Sizes, Ways, compute
 
 
 class StructuredLayer(nn.Module):
@@ -54,15 +59,36 @@ class StructuredLinear(StructuredLayer):
     def __init__(self, matrix: StructuredMatrix, bias: Tensor | None = None) -> None:
         """Takes over the parameters of `matrix`; `bias` has shape (out_features,)."""
         super().__init__(matrix)
+        # How it may compute, and the dense weight that it may keep; `dispatch.set_dispatch` sets it.
+        self.ways = Ways()
         # The class that this layer replaced, which `surgery.dense_layer` gives back.
         self.dense_class: type[nn.Module] = nn.Linear
         if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
 
+    @property
+    def sizes(self) -> Sizes:
+        return self.structure, self.out_features, self.in_features, self.spec
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.structure.multiply(self.factors, x)
-        return y if self.bias is None else y + self.bias
+        factors, ways = self.factors, self.ways
+        if torch.compiler.is_compiling():
+            # Nothing is decided here but what a graph is specialised for anyway: whether it is one token.
+            way = ways.way_of_graph(x, self.in_features)
+        else:
+            way = ways.choose(self.sizes, factors, x, self.bias)
+        return compute(way, self.structure, factors, x, self.bias, ways.cache)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; the dense weight that was kept is given up, since a trained one would be another."""
+        if mode:
+            self.ways.cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.ways.cache.clear()  # the factors go elsewhere, or change their dtype
+        return super()._apply(fn, recurse)
 
 
 class StructuredEmbedding(StructuredLayer):

@@ -17,11 +17,28 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronpress import RequestError, StructuredLinear
-from kronpress.matrices import STRUCTURES, Spec, StructuredMatrix
+from kronpress.matrices import STRUCTURES, Spec, StructuredMatrix, TensorTrain
 
 Structure = type[StructuredMatrix]
 
+
+class ThreeCores(TensorTrain):
+    """Where nothing is said, three cores: their fit is a local optimum, and obeys all laws but those of the nearest."""
+
+    @classmethod
+    def candidate_specs(cls, *arguments: Any, **fixed: Any) -> list[Any]:
+        return super().candidate_specs(*arguments, **{"num_cores": 3, **fixed})
+
+
+class FourCores(TensorTrain):
+    @classmethod
+    def candidate_specs(cls, *arguments: Any, **fixed: Any) -> list[Any]:
+        return super().candidate_specs(*arguments, **{"num_cores": 4, **fixed})
+
+
 every_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=list(STRUCTURES))
+MORE = {**STRUCTURES, "three cores": ThreeCores, "four cores": FourCores}
+every_size = pytest.mark.parametrize("structure", MORE.values(), ids=list(MORE))
 laws = settings(max_examples=20, deadline=None)
 
 SIZES = (1, 2, 3, 4, 6, 7, 8, 12)
@@ -111,7 +128,7 @@ def specs_on(structure: Structure, out_features: int, in_features: int) -> list[
 # ---- fitting ----
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_fit_recovers_a_matrix_of_its_own_kind(structure: Structure, data: st.DataObject) -> None:
@@ -180,7 +197,7 @@ def test_fit_is_no_worse_than_any_other_factors(structure: Structure, data: st.D
     assert fitted <= squared_error(structure, weight, planted) * (1 + 1e-9)
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_fit_does_not_depend_on_memory_layout_and_leaves_its_input_alone(
@@ -196,7 +213,7 @@ def test_fit_does_not_depend_on_memory_layout_and_leaves_its_input_alone(
     torch.testing.assert_close(weight, before, rtol=0, atol=0)
 
 
-@every_structure
+@every_size
 def test_zero_and_rank_one_matrices_are_fitted_without_nan(structure: Structure) -> None:
     ramp = torch.arange(1, 13, dtype=torch.float64)[:, None] * torch.ones(8, dtype=torch.float64)
     for weight in (torch.zeros(12, 8, dtype=torch.float64), ramp, torch.eye(12, 8, dtype=torch.float64)):
@@ -206,7 +223,7 @@ def test_zero_and_rank_one_matrices_are_fitted_without_nan(structure: Structure)
             assert squared_error(structure, weight, factors) <= weight.square().sum() * (1 + 1e-12)
 
 
-@every_structure
+@every_size
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_from_dense_keeps_dtype_and_device_and_is_the_fit(
@@ -225,7 +242,7 @@ def test_from_dense_keeps_dtype_and_device_and_is_the_fit(
             torch.testing.assert_close(factor.detach(), fitted[name], rtol=0, atol=0)
 
 
-@every_structure
+@every_size
 def test_from_dense_of_a_parameter_gives_leaves(structure: Structure) -> None:
     weight = torch.nn.Parameter(torch.randn(12, 8))
     for spec in specs_on(structure, 12, 8):
@@ -235,7 +252,7 @@ def test_from_dense_of_a_parameter_gives_leaves(structure: Structure) -> None:
 # ---- multiplying ----
 
 
-@every_structure
+@every_size
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @given(data=st.data())
 @laws
@@ -258,7 +275,7 @@ def test_matmul_equals_the_dense_product(structure: Structure, dtype: torch.dtyp
     torch.testing.assert_close(matrix(x), y, rtol=0, atol=0)
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_matmul_does_not_depend_on_memory_layout(structure: Structure, data: st.DataObject) -> None:
@@ -268,7 +285,7 @@ def test_matmul_does_not_depend_on_memory_layout(structure: Structure, data: st.
     torch.testing.assert_close(structure.multiply(factors, x), x @ structure.expand(factors).mT)
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_all_gradients_equal_those_through_the_dense_matrix(structure: Structure, data: st.DataObject) -> None:
@@ -285,7 +302,7 @@ def test_all_gradients_equal_those_through_the_dense_matrix(structure: Structure
         torch.testing.assert_close(one, reference, rtol=1e-10, atol=1e-10)
 
 
-@every_structure
+@every_size
 def test_gradcheck(structure: Structure) -> None:
     generator = torch.Generator().manual_seed(0)
     for shape in ((4, 6), (6, 4)):
@@ -306,10 +323,127 @@ def test_gradcheck(structure: Structure) -> None:
             assert torch.autograd.gradcheck(multiply, inputs, fast_mode=True)
 
 
-# ---- holding factors ----
+# ---- ways of computing ----
 
 
 @every_structure
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@given(data=st.data())
+@laws
+def test_every_way_equals_the_dense_product_and_adds_the_bias(
+    structure: Structure, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    case = draw_case(data, structure)
+    leading = data.draw(st.sampled_from(LEADING_SHAPES), label="leading")
+    factors = {
+        name: each.to(dtype) if each.is_floating_point() else each
+        for name, each in draw_factors(data, structure, case).items()
+    }
+    x, bias = draw_normal(data, *leading, case.in_features).to(dtype), draw_normal(data, case.out_features).to(dtype)
+    doubles = {name: each.double() for name, each in factors.items() if each.is_floating_point()}
+    w = structure.expand({**factors, **doubles})
+    for added in (bias, None):
+        constant = torch.zeros(case.out_features, dtype=torch.float64) if added is None else added.double()
+        expected = x.double() @ w.mT + constant
+        largest = max([1.0, *(x.double().abs() @ w.abs().mT + constant.abs()).flatten().tolist()])
+        # What a way rounds on its way is as large as the products of the factors' absolute values.
+        absolute = structure.expand({**factors, **{name: each.abs() for name, each in doubles.items()}})
+        largest = max([largest, *(x.double().abs() @ absolute.mT).flatten().tolist()])
+        with torch.no_grad():
+            found = {
+                "factors": structure.multiply(factors, x, added),
+                "dense": torch.nn.functional.linear(x, structure.dense(factors), added),
+            }
+            if structure.takes_native(factors, x, added):
+                found["native"] = structure.multiply_native(factors, x, added)
+        found["training"] = structure.multiply(
+            {name: each.clone().requires_grad_(each.is_floating_point()) for name, each in factors.items()}, x, added
+        ).detach()
+        for y in found.values():
+            assert y.dtype == dtype
+            torch.testing.assert_close(y.double(), expected, rtol=0, atol=TOLERANCES[dtype] * largest)
+
+
+@every_structure
+@given(data=st.data())
+@laws
+def test_the_dense_weight_built_fast_is_the_expanded_one(structure: Structure, data: st.DataObject) -> None:
+    case = draw_case(data, structure)
+    factors = draw_factors(data, structure, case)
+    built = structure.dense(factors)
+    assert built.is_contiguous()
+    torch.testing.assert_close(built, structure.expand(factors), rtol=1e-12, atol=1e-12)
+
+
+@every_structure
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@given(data=st.data())
+@laws
+def test_all_gradients_of_a_layer_are_near_those_through_the_dense_matrix(
+    structure: Structure, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    case = draw_case(data, structure)
+    tokens = data.draw(st.sampled_from([1, 2, 5]), label="tokens")
+    exact = {
+        name: each.to(dtype).double() if each.is_floating_point() else each
+        for name, each in draw_factors(data, structure, case).items()
+    }
+    x = draw_normal(data, tokens, case.in_features).to(dtype)
+    upstream = draw_normal(data, tokens, case.out_features).to(dtype)
+    matrix = structure(*case.shape, case.spec, dtype=dtype)
+    matrix.load_state_dict(exact)
+    layer = StructuredLinear(matrix, torch.zeros(case.out_features, dtype=dtype))
+    x_in = x.clone().requires_grad_()
+    names = list(structure.factor_shapes(*case.shape, case.spec))
+    found = torch.autograd.grad(
+        layer(x_in), [x_in, *(layer.get_parameter(name) for name in (*names, "bias"))], upstream
+    )
+
+    def reference(x: Tensor, upstream: Tensor, factors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        x, parts = x.clone().requires_grad_(), learnable({name: each.clone() for name, each in factors.items()})
+        bias = torch.zeros(case.out_features, dtype=torch.float64, requires_grad=True)
+        y = x @ structure.expand({**factors, **parts}).mT + bias
+        return torch.autograd.grad(y, [x, *(parts[name] for name in names), bias], upstream)
+
+    expected = reference(x.double(), upstream.double(), exact)
+    absolute = {name: each.abs() if each.is_floating_point() else each for name, each in exact.items()}
+    sizes = reference(x.double().abs(), upstream.double().abs(), absolute)
+    for one, wanted, size in zip(found, expected, sizes, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), wanted, rtol=0, atol=TOLERANCES[dtype] * (1 + size.max().item()))
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in any tensor that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.numel = max([self.numel, *made])
+        return result
+
+
+@every_structure
+def test_training_forms_neither_the_dense_matrix_nor_its_gradient(structure: Structure) -> None:
+    shape, tokens = (96, 48), 3
+    for spec in structure.candidate_specs(*shape, 96 * 48 // 4):
+        if structure.num_paths(spec) > 6:  # what lies between its factors may be as large as W for so few tokens
+            continue
+        layer = StructuredLinear(structure(*shape, spec), torch.zeros(96))
+        with Largest() as seen:
+            layer(torch.randn(tokens, 48, requires_grad=True)).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+        assert seen.numel < 96 * 48, spec
+
+
+# ---- holding factors ----
+
+
+@every_size
 @given(data=st.data())
 @laws
 def test_parameters_are_the_declared_factors_and_weight_has_three_dimensions(
@@ -330,7 +464,7 @@ def test_parameters_are_the_declared_factors_and_weight_has_three_dimensions(
     assert list(matrix.factors) == [*shapes, *orders]
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_state_dict_goes_round_strictly(structure: Structure, data: st.DataObject) -> None:
@@ -350,7 +484,7 @@ class OnlyMeta(TorchDispatchMode):
         return result
 
 
-@every_structure
+@every_size
 def test_meta_construction_allocates_nothing_and_takes_real_factors(structure: Structure) -> None:
     huge = structure.candidate_specs(2**20, 2**19, 2**34)[-1]
     with OnlyMeta():
@@ -365,7 +499,7 @@ def test_meta_construction_allocates_nothing_and_takes_real_factors(structure: S
         torch.testing.assert_close(matrix.to_dense(), structure.from_dense(weight, spec).to_dense(), rtol=0, atol=0)
 
 
-@every_structure
+@every_size
 def test_random_factors_give_entries_of_variance_one_over_in_features(structure: Structure) -> None:
     torch.manual_seed(0)
     for shape in ((12, 8), (8, 12)):
@@ -374,7 +508,7 @@ def test_random_factors_give_entries_of_variance_one_over_in_features(structure:
             assert draws.square().mean().item() * shape[1] == pytest.approx(1, rel=0.3), spec
 
 
-@every_structure
+@every_size
 def test_a_structured_linear_owns_the_factors_and_adds_the_bias(structure: Structure) -> None:
     x, bias = torch.randn(2, 3, 8), torch.randn(12)
     for spec in specs_on(structure, 12, 8):
@@ -396,7 +530,7 @@ def test_a_structured_linear_owns_the_factors_and_adds_the_bias(structure: Struc
 # ---- counting ----
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_flops_are_those_of_a_real_call_and_grow_with_the_tokens_alone(
@@ -413,7 +547,7 @@ def test_flops_are_those_of_a_real_call_and_grow_with_the_tokens_alone(
 # ---- specs ----
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_specs_are_frozen_strict_hashable_and_survive_json(structure: Structure, data: st.DataObject) -> None:
@@ -447,7 +581,7 @@ def entry_points(structure: Structure, shape: tuple[int, int], spec: Any) -> lis
     ]
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_a_spec_either_fits_a_shape_or_is_refused_everywhere(structure: Structure, data: st.DataObject) -> None:
@@ -466,7 +600,7 @@ def test_a_spec_either_fits_a_shape_or_is_refused_everywhere(structure: Structur
         assert structure(*shape, case.spec).to_dense().shape == shape
 
 
-@every_structure
+@every_size
 def test_a_count_beyond_the_shape_is_refused_everywhere(structure: Structure) -> None:
     field = free_count(structure)
     for spec in specs_on(structure, 12, 8):
@@ -478,7 +612,7 @@ def test_a_count_beyond_the_shape_is_refused_everywhere(structure: Structure) ->
 # ---- candidates ----
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_candidates_fit_the_shape_and_the_budget_and_leave_no_room(structure: Structure, data: st.DataObject) -> None:
@@ -494,7 +628,7 @@ def test_candidates_fit_the_shape_and_the_budget_and_leave_no_room(structure: St
             continue
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_a_larger_budget_loses_no_candidate(structure: Structure, data: st.DataObject) -> None:
@@ -505,7 +639,7 @@ def test_a_larger_budget_loses_no_candidate(structure: Structure, data: st.DataO
         assert counts[others(spec, field)] >= getattr(spec, field)
 
 
-@every_structure
+@every_size
 @given(data=st.data())
 @laws
 def test_a_fixed_count_is_kept_and_needs_no_budget(structure: Structure, data: st.DataObject) -> None:
@@ -519,20 +653,20 @@ def test_a_fixed_count_is_kept_and_needs_no_budget(structure: Structure, data: s
     assert case.spec not in structure.candidate_specs(*case.shape, size - 1, **fixed)
 
 
-@every_structure
+@every_size
 def test_candidates_of_no_budget_at_all_are_refused(structure: Structure) -> None:
     free_count(structure)
     with pytest.raises(RequestError, match="budget"):
         structure.candidate_specs(12, 8)
 
 
-@every_structure
+@every_size
 def test_a_fixed_count_beyond_the_shape_is_refused(structure: Structure) -> None:
     with pytest.raises(RequestError, match="97"):
         structure.candidate_specs(12, 8, **{free_count(structure): 97})
 
 
-@every_structure
+@every_size
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (7, 1), (1, 7)], ids=str)
 def test_the_smallest_shapes_have_candidates_that_fit_or_none(structure: Structure, shape: tuple[int, int]) -> None:
     for spec in structure.candidate_specs(*shape, 100):

@@ -10,7 +10,7 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -36,8 +36,10 @@ def source_of(methods: Iterable[tuple[type[StructuredMatrix], str]]) -> str:
         TypeError: a function uses what cannot be written down in this way, or two things of one name.
     """
     imports: set[str] = set()
-    found: dict[tuple[type | ModuleType, str], tuple[int, str]] = {}  # the line at which it stands, and its text
     todo: list[tuple[type | ModuleType, str]] = list(methods)
+    # A structure may stand in a user's own module.
+    inside = {PACKAGE, *(holder.__module__.partition(".")[0] for holder, _ in todo if isinstance(holder, type))}
+    found: dict[tuple[type | ModuleType, str], tuple[int, str]] = {}  # the line at which it stands, and its text
     while todo:
         holder, name = todo.pop()
         if (holder, name) in found:
@@ -56,7 +58,7 @@ def source_of(methods: Iterable[tuple[type[StructuredMatrix], str]]) -> str:
                 todo.append((holder, attribute))
             elif used in vars(home):
                 other = vars(home)[used]
-                if _is_outside(other):
+                if _is_outside(other, inside):
                     imports.add(_import(other, used))
                 elif isinstance(other, type) and issubclass(other, StructuredMatrix):
                     if attribute is None:
@@ -109,11 +111,11 @@ def _used_names(text: str) -> set[tuple[str, str | None]]:
     return {(name, attribute) for name, attribute in names if name not in bound}
 
 
-def _is_outside(value: Any) -> bool:
-    """Whether a value of a module's namespace is a module, class or function of another package."""
+def _is_outside(value: Any, inside: Collection[str]) -> bool:
+    """Whether a value of a module's namespace is a module, class or function of a package that is not `inside`."""
     if isinstance(value, ModuleType):
         return True
-    return hasattr(value, "__name__") and value.__module__.partition(".")[0] != PACKAGE
+    return hasattr(value, "__name__") and value.__module__.partition(".")[0] not in inside
 
 
 def _import(value: Any, name: str) -> str:

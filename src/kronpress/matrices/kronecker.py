@@ -11,19 +11,22 @@ from math import prod
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from kronpress import native
 from kronpress.errors import RequestError
-from kronpress.matrices.kronecker_in_metric import nearest_sum, rearranged, screened
+from kronpress.matrices.kronecker_in_metric import nearest_sum, screened, van_loan
 from kronpress.matrices.metric import FitMoments, Metric, as_metric, separable
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
-from kronpress.matrices.svd import balanced_svd
 
 # What `screen` looks at; larger B cost much to look at and come out like low rank.
 SCREENED_SIDES = (1, 2, 3, 4, 6, 8, 12, 16)
 MOST_TERMS = 32
 OPTIMISM = 0.7
+# So many products of numbers are still cheaper pointwise than as a product of matrices.
+MOST_POINTWISE = 4
 
 
 class KroneckerSpec(Spec):
@@ -87,20 +90,22 @@ class Kronecker(StructuredMatrix):
         return spec.num_terms
 
     @staticmethod
-    def multiply(factors: Factors, x: Tensor) -> Tensor:
+    def multiply(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias in the order with fewer multiply-adds; the large factor is one GEMM for all terms.
+
+        With a small A the entries that it mixes are far apart in x, and no step copies. With a small B they are
+        neighbours: that layout costs a transposing copy where B has more than one row and one column.
+        """
         left, right = factors["weight"], factors["right"]
-        (m1, k, n1), (m2, _, n2) = left.shape, right.shape
-        x_tab = x.reshape(-1, n1, n2)  # (t, a, b)
-        if n1 * n2 * m2 + m1 * n1 * m2 <= m1 * n1 * n2 + m1 * n2 * m2:  # multiply-adds per term and token
-            # B first: Z[t, q, i, a] = Σ_b B_i[q, b] x[t, a, b], then y[t, p, q] = Σ_ia A_i[p, a] Z[t, q, i, a].
-            z = right.reshape(m2 * k, n2) @ x_tab.mT
-            y = z.reshape(-1, k * n1) @ left.reshape(m1, k * n1).mT  # (t q, p)
-            y = y.reshape(-1, m2, m1).mT
+        (m1, _, n1), (m2, _, n2) = left.shape, right.shape
+        # Multiply-adds per term and token.
+        is_left_first = m1 * n1 * n2 + m1 * n2 * m2 < n1 * n2 * m2 + m1 * n1 * m2
+        is_left_small = m1 * n1 <= m2 * n2
+        if is_left_small:
+            multiplied = _small_left_first if is_left_first else _large_right_first
         else:
-            # A first: U[t, b, p, i] = Σ_a A_i[p, a] x[t, a, b], then y[t, p, q] = Σ_ib B_i[q, b] U[t, b, p, i].
-            u = x_tab.mT.reshape(-1, n1) @ left.reshape(m1 * k, n1).mT  # (t b, p i)
-            u = u.reshape(-1, n2, m1, k).permute(0, 2, 3, 1)  # (t, p, i, b)
-            y = u.reshape(-1, k * n2) @ right.reshape(m2, k * n2).mT  # (t p, q)
+            multiplied = _large_left_first if is_left_first else _small_right_first
+        y = multiplied(left, right, x.reshape(-1, n1, n2), bias)
         return y.reshape(*x.shape[:-1], m1 * m2)
 
     @staticmethod
@@ -111,6 +116,23 @@ class Kronecker(StructuredMatrix):
         for i in range(k):
             w += left[:, None, i, :, None] * right[None, :, i, None, :]
         return w.reshape(m1 * m2, n1 * n2)
+
+    @classmethod
+    def dense(cls, factors: Factors) -> Tensor:
+        """The sum over the terms is one product of matrices; its blocks are then put in their places."""
+        left, right = factors["weight"], factors["right"]
+        (m1, k, n1), (m2, _, n2) = left.shape, right.shape
+        blocks = left.mT.reshape(m1 * n1, k) @ right.transpose(0, 1).reshape(k, m2 * n2)  # (p a, q b)
+        return blocks.reshape(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2).contiguous()
+
+    @staticmethod
+    def takes_native(factors: Factors, x: Tensor, bias: Tensor | None = None) -> bool:
+        left, right = factors["weight"], factors["right"]
+        return native.takes(x, left, right, *([] if bias is None else [bias])) and native.pays(left, right, x)
+
+    @staticmethod
+    def multiply_native(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return native.kronecker(factors["weight"], factors["right"], x, bias)
 
     @classmethod
     def rows(cls, factors: Factors, indices: Tensor) -> Tensor:
@@ -157,23 +179,22 @@ class Kronecker(StructuredMatrix):
         Kronecker.factor_shapes(out_features, in_features, spec)
         Kronecker.check_options(spec, options)
         (m1, n1), (m2, n2), k = spec.left_shape, spec.right_shape, spec.num_terms
-        w = weight.to(torch.float64)
         if options.start == "prune":
             left = weight[::m2, None, ::n2]
             small = 0.1 if options.prune_small_factor is None else options.prune_small_factor
             right = weight.new_tensor([1.0, small]).reshape(m2, 1, n2)
-        elif metric is not None:
-            a, b = nearest_sum(w, (m1, n1), (m2, n2), k, metric.where_it_sees)
-            left, right = a.transpose(0, 1), b.transpose(0, 1)
         else:
-            blocks = rearranged(w, (m1, n1), (m2, n2))  # (p a, q b)
-            a, b = balanced_svd(blocks, k)  # (p a, i), (i, q b)
+            if metric is None:
+                is_scaled = options.start == "adaptive"  # before it is rounded
+                a, b = van_loan(weight, (m1, n1), (m2, n2), k, torch.float64 if is_scaled else weight.dtype)
+            else:
+                a, b = nearest_sum(weight.to(torch.float64), (m1, n1), (m2, n2), k, metric.where_it_sees)
             if options.start == "adaptive":
-                # The terms are orthogonal, each as large as the square of its half in `a`.
-                captured = torch.linalg.vector_norm(a.square().sum(0))
-                a = a * (torch.linalg.vector_norm(blocks) / captured if captured > 0 else 1)
-            left = a.reshape(m1, n1, k).mT
-            right = b.reshape(k, m2, n2).transpose(0, 1)
+                # The terms are orthogonal, each as large as the square of its half in A.
+                captured = torch.linalg.vector_norm(a.square().sum((1, 2)))
+                norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
+                a = a * (norm / captured if captured > 0 else 1)
+            left, right = a.transpose(0, 1), b.transpose(0, 1)
         return {"weight": left.to(weight.dtype).contiguous(), "right": right.to(weight.dtype).contiguous()}
 
     @staticmethod
@@ -269,6 +290,85 @@ class Kronecker(StructuredMatrix):
         if num_terms is not None and num_terms > most_of_all:
             raise RequestError(f"num_terms {num_terms}: {most_of_all} already represent every matrix of this shape")
         return specs
+
+
+def _small_left_first(left: Tensor, right: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Z[t, p, i, b] = Σ_a A_i[p, a] x[t, a, b], then y[t, p, q] = Σ_ib B_i[q, b] Z[t, p, i, b]: no copies."""
+    (m1, k, n1), (m2, _, n2) = left.shape, right.shape
+    z = mixed(left.reshape(m1 * k, n1), x).reshape(-1, k * n2)  # (t p, i b)
+    if m1 == 1:
+        return F.linear(z, right.reshape(m2, k * n2), bias)
+    return _plus(F.linear(z, right.reshape(m2, k * n2)).reshape(-1, m1 * m2), bias)
+
+
+def _large_right_first(left: Tensor, right: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """U[t, a, q, i] = Σ_b B_i[q, b] x[t, a, b], then y[t, p, q] = Σ_ia A_i[p, a] U[t, a, q, i]: copies if k > 1."""
+    (m1, k, n1), (m2, _, n2) = left.shape, right.shape
+    u = F.linear(x.reshape(-1, n2), right.reshape(m2 * k, n2)).reshape(-1, n1, m2, k)
+    u = u.permute(0, 3, 1, 2).reshape(-1, k * n1, m2)
+    return mixed(left.reshape(m1, k * n1), u, None if bias is None else bias.reshape(m1, m2))
+
+
+def _small_right_first(left: Tensor, right: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Z[t, q, i, a] = Σ_b B_i[q, b] x[t, a, b], then y[t, p, q] = Σ_ia A_i[p, a] Z[t, q, i, a]."""
+    (m1, k, n1), (m2, _, n2) = left.shape, right.shape
+    if m2 * k == 1:
+        z = F.linear(x.reshape(-1, n2), right.reshape(1, n2))
+    else:
+        z = batched(right.reshape(m2 * k, n2).expand(x.shape[0], m2 * k, n2), x.mT)
+    z = z.reshape(-1, k * n1)  # (t q, i a)
+    if m2 == 1:
+        return F.linear(z, left.reshape(m1, k * n1), bias)
+    y = F.linear(z, left.reshape(m1, k * n1)).reshape(-1, m2, m1)
+    return _plus(y.mT.reshape(-1, m1 * m2), bias)
+
+
+def _large_left_first(left: Tensor, right: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """U[t, b, p, i] = Σ_a A_i[p, a] x[t, a, b], then y[t, p, q] = Σ_ib B_i[q, b] U[t, b, p, i]."""
+    (m1, k, n1), (m2, _, n2) = left.shape, right.shape
+    u = F.linear(x.mT.reshape(-1, n1), left.reshape(m1 * k, n1)).reshape(-1, n2, m1, k)
+    if k * n2 == 1 and _is_better_pointwise(u, x.element_size() > 2):
+        y = u.reshape(-1, m1, 1) * right.reshape(m2)
+    elif k == 1 and (n2 > 1 or torch.is_grad_enabled()):  # a product of one column is slow backward
+        bias = None if bias is None else bias.reshape(m1, m2)
+        y = batched(u.reshape(-1, n2, m1).mT, right.reshape(m2, n2).mT.expand(x.shape[0], n2, m2), bias)  # (t, p, q)
+        return y.reshape(-1, m1 * m2)
+    else:
+        y = F.linear(u.permute(0, 2, 3, 1).reshape(-1, k * n2), right.reshape(m2, k * n2))  # (t p, q)
+    return _plus(y.reshape(-1, m1 * m2), bias)
+
+
+def mixed(small: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The sum y[t, p] = Σ_a small[p, a] x[t, a] + bias[p] for rows x[t, a] (n,): (t, a, n) to (t, p, n)."""
+    if small.shape[1] > MOST_POINTWISE or not _is_better_pointwise(x, x.element_size() == 2):
+        return batched(small.expand(x.shape[0], *small.shape), x, bias)
+    columns = small.mT[:, :, None].unbind()  # (p, 1) each
+    first, *others = [(x[:, None, a], column) for a, column in enumerate(columns)]  # x (t, 1, n)
+    y = first[0] * first[1] if bias is None else torch.addcmul(bias, *first)
+    for term, column in others:
+        y = torch.addcmul(y, term, column)
+    return y
+
+
+def batched(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left[t] @ right[t] + bias; `torch.matmul` would copy one of them into the layout of a single product."""
+    return torch.bmm(left, right) if bias is None else torch.baddbmm(bias, left, right)
+
+
+def _is_better_pointwise(x: Tensor, on_cpu: bool) -> bool:
+    """Whether products with a few numbers are to be pointwise operations rather than a product of matrices.
+
+    They are fused with their neighbours when compiled. On a CPU either may be faster; with gradients matrices are,
+    since the gradient of a number is a sum over all tokens. Those on meta are there to be counted.
+    """
+    if torch.is_grad_enabled() or x.is_meta:
+        return False
+    return torch.compiler.is_compiling() or x.device.type != "cpu" or on_cpu
+
+
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    """y + bias, in the place of the new tensor y."""
+    return y if bias is None else y.add_(bias)
 
 
 class _TermScale(nn.Module):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 
+from kronpress import native
 from kronpress.errors import RequestError
 from kronpress.matrices.metric import FitMoments, Metric, as_metric, square_root, times
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
@@ -42,12 +44,21 @@ class LowRank(StructuredMatrix):
         return spec.rank
 
     @staticmethod
-    def multiply(factors: Factors, x: Tensor) -> Tensor:
-        return x @ factors["right"].mT @ factors["weight"].squeeze(-1).mT
+    def multiply(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(F.linear(x, factors["right"]), factors["weight"].squeeze(-1), bias)
 
     @staticmethod
     def expand(factors: Factors) -> Tensor:
         return torch.einsum("ors,ri->oi", factors["weight"], factors["right"])
+
+    @staticmethod
+    def takes_native(factors: Factors, x: Tensor, bias: Tensor | None = None) -> bool:
+        left, right = factors["weight"], factors["right"]
+        return native.takes(x, left, right, *([] if bias is None else [bias]))
+
+    @staticmethod
+    def multiply_native(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return native.low_rank(factors["weight"], factors["right"], x, bias)
 
     @classmethod
     def rows(cls, factors: Factors, indices: Tensor) -> Tensor:

@@ -60,7 +60,10 @@ def metric_of(moments: InputMoments, *, output: bool, centred: bool) -> Metric:
     if centred:
         second = second - torch.outer(moments.mean, moments.mean)
     if output and moments.gradient is None:
-        raise RequestError("the metric `loss` needs the loss's gradients: calibrate with calibration.sensitivity=true")
+        raise RequestError(
+            "the metric `loss` needs the loss's gradients: calibrate a model that gives logits, with "
+            "calibration.sensitivity=true"
+        )
     return Metric(second, moments.gradient if output else None)
 
 

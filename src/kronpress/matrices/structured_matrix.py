@@ -90,8 +90,11 @@ class StructuredMatrix(nn.Module):
 
     @staticmethod
     @abstractmethod
-    def multiply(factors: Factors, x: Tensor) -> Tensor:
-        """x Wᵀ: (..., in_features) to (..., out_features), never forming W. The fast path."""
+    def multiply(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias: (..., in_features) to (..., out_features), never forming W. The fast path.
+
+        `bias` is (out_features,).
+        """
 
     @staticmethod
     @abstractmethod
@@ -129,6 +132,21 @@ class StructuredMatrix(nn.Module):
     def order_sizes(out_features: int, in_features: int, spec: Any) -> dict[str, int]:
         """The sizes of the permutations that it stores as integers beside its factors, by name."""
         return {}
+
+    @classmethod
+    def dense(cls, factors: Factors) -> Tensor:
+        """W itself, (out_features, in_features), contiguous: what `expand` gives, in less time."""
+        return cls.expand(factors).contiguous()
+
+    @staticmethod
+    def takes_native(factors: Factors, x: Tensor, bias: Tensor | None = None) -> bool:
+        """Whether there is a native routine for this product, `multiply_native`, and it is faster: kronpress.native."""
+        return False
+
+    @staticmethod
+    def multiply_native(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What `multiply` gives, by a native routine, without gradients."""
+        raise NotImplementedError
 
     @classmethod
     def rows(cls, factors: Factors, indices: Tensor) -> Tensor:
