@@ -297,6 +297,46 @@ def test_a_model_gives_the_same_logits_and_checkpoint_whatever_is_allowed(
     torch.testing.assert_close(again(ids).logits, logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kept_weight_takes_any_input(dtype: torch.dtype) -> None:
+    layer = layer_of(MANY_TERMS, dtype)
+    allow(layer, "factors", "cached dense")
+    wide = torch.randn(40, 3, 16).to(dtype)
+    with torch.no_grad():
+        for x in (wide[..., ::2], wide[..., :8], wide[:, 0, :8], wide.mT[:, :8].mT[..., :8]):
+            wanted = x.double() @ layer.to_dense().double().mT + layer.bias.double()
+            torch.testing.assert_close(
+                layer(x), wanted.to(dtype), atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2
+            )
+
+
+def test_a_head_that_stayed_dense_takes_the_native_routine(
+    tiny_compressed: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native.is_available():
+        pytest.skip(f"no native routines: {native.why_not()}")
+    model = tiny_compressed("llama", "kronecker")
+    head, ids = model.get_output_embeddings(), torch.tensor([[7]])
+    calls, original = [], native.linear
+    monkeypatch.setattr(native, "linear", lambda *given: calls.append(given[0]) or original(*given))
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert not calls
+        set_dispatch(model, constants=BY_FLOPS)
+        torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-4)
+        assert any(weight is head.weight for weight in calls)
+        assert model.get_output_embeddings() is head
+        assert isinstance(head, nn.Linear)
+        set_dispatch(model, Dispatch(native=False), constants=BY_FLOPS)
+        calls.clear()
+        torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-4)
+        assert type(head) is nn.Linear
+        assert not calls
+    set_dispatch(model, constants=BY_FLOPS)
+    model(ids).logits.sum().backward()  # by torch: the routine has no gradients
+    assert head.weight.grad is not None
+
+
 def test_explanations_say_what_is_then_done() -> None:
     layers = nn.ModuleDict({"many": layer_of(MANY_TERMS), "one": layer_of(ONE_TERM)})
     set_dispatch(layers, Dispatch(dense_cache_bytes=math.inf, native=False), constants=BY_FLOPS)

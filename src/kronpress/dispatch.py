@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, Vali
 from torch import nn
 
 from kronpress.errors import RequestError
-from kronpress.layers import StructuredLinear
+from kronpress.layers import NativeLinear, StructuredLinear
 from kronpress.ways import LONG_PREFILL, Constants, Way, Ways, fastest
 
 MEASURED_DTYPES = (torch.float32, torch.bfloat16)
@@ -40,7 +40,8 @@ class Dispatch(BaseModel):
 
     `dense_cache_bytes`: dense weights that they may keep, all together, `inf` for as many as pay; those that save most
     time for their bytes come first. `transient_dense`: whether a layer may build its dense weight for one long prefill
-    and free it. `native`: whether few tokens on a CPU may take the native routine.
+    and free it. `native`: whether few tokens on a CPU may take the native routine, through the `nn.Linear` layers that
+    were left dense too: of a small model's decode the head is the largest part.
 
     With an unlimited cache no layer is meant to be slower than a dense one, beyond a few hundredths. Without it, which
     is the default, those are whose factors take more arithmetic than W, at lengths between a few tokens and some
@@ -78,7 +79,7 @@ def set_dispatch(
     constants: Mapping[tuple[str, int], Constants] | None = None,
     measure: bool = False,
 ) -> None:
-    """Let the structured layers of `model` compute as `dispatch` allows; dense weights kept so far are given up.
+    """Let the linear layers of `model` compute as `dispatch` allows; dense weights kept so far are given up.
 
     Which layers may keep one is settled here, for the dtype and the device that the model has now.
 
@@ -104,6 +105,9 @@ def set_dispatch(
     for layer in layers.values():
         layer.ways = Ways(allowed, constants)
     _grant_caches_(layers, dispatch.dense_cache_bytes)
+    for module in model.modules():
+        if type(module) in (nn.Linear, NativeLinear):
+            module.__class__ = NativeLinear if dispatch.native else nn.Linear
 
 
 def _grant_caches_(layers: Mapping[str, StructuredLinear], num_bytes: float) -> None:

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from kronpress import native
 from kronpress.matrices import StructuredMatrix
 from kronpress.ways import Sizes, Ways, compute
 
@@ -89,6 +90,20 @@ class StructuredLinear(StructuredLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.ways.cache.clear()  # the factors go elsewhere, or change their dtype
         return super()._apply(fn, recurse)
+
+
+class NativeLinear(nn.Linear):
+    """A dense layer that takes the native routine for few tokens on a CPU, as structured ones do.
+
+    It has nothing of its own beside the forward pass: a layer is made one, and an ordinary one again, by its class.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = [self.weight] if self.bias is None else [self.weight, self.bias]
+        wants_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (x, *weights))
+        if not wants_gradient and torch._C._get_tracing_state() is None and native.takes(x, *weights):
+            return native.linear(self.weight, x, self.bias)
+        return super().forward(x)
 
 
 class StructuredEmbedding(StructuredLayer):

@@ -204,12 +204,14 @@ class DenseCache:
     """The dense weight of a layer, kept as long as its factors stay what they are.
 
     It is no tensor of the layer's: neither saved, nor copied, nor moved with it. A change made through `.data` alone
-    leaves no trace in the factors and is not noticed; `clear` is there for it.
+    leaves no trace in the factors and is not noticed; `clear` is there for it. Where oneDNN multiplies, the weight is
+    kept in the order in which it reads it, which a layer that owns its weight as a parameter cannot do.
     """
 
     def __init__(self) -> None:
         self._made_of: tuple[Any, ...] = ()
         self._dense: Tensor | None = None
+        self._num_bytes = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenseCache:
         return DenseCache()
@@ -220,23 +222,44 @@ class DenseCache:
     @property
     def num_bytes(self) -> int:
         """What is held now."""
-        return 0 if self._dense is None else self._dense.nbytes
+        return self._num_bytes
 
     def clear(self) -> None:
         self.__init__()  # type: ignore[misc]
 
-    def get(self, structure: type[StructuredMatrix], factors: Factors) -> Tensor:
-        """W, built anew if a factor is another tensor, has other memory, or was written to."""
+    def linear(
+        self, structure: type[StructuredMatrix], factors: Factors, x: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """x Wᵀ + bias; W is built anew if a factor is another tensor, has other memory, or was written to."""
         known = self._made_of
         if len(known) != len(factors) or not all(
             reference() is factor and state == _state(factor)
             for (reference, state), factor in zip(known, factors.values(), strict=True)
         ):
             self.clear()  # before the new one is built: two would be a peak
-            self._dense = structure.dense({name: factor.detach() for name, factor in factors.items()})
+            dense = structure.dense({name: factor.detach() for name, factor in factors.items()})
+            self._num_bytes = dense.nbytes
+            self._dense = _packed(dense) if _can_be_packed(dense) else dense
             self._made_of = tuple((ref(factor), _state(factor)) for factor in factors.values())
         assert self._dense is not None
-        return self._dense
+        if not self._dense.is_mkldnn:
+            return F.linear(x, self._dense, bias)
+        if torch.is_grad_enabled() and x.requires_grad:  # which products with a packed weight do not have
+            return F.linear(x, self._dense.to_dense(), bias)
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._dense, bias, "none", [], "")
+
+
+def _can_be_packed(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """W in the order that is best for long prefills; shorter ones take it as well."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), LONG_PREFILL)
 
 
 def _state(factor: Tensor) -> tuple[Any, ...]:
@@ -326,7 +349,7 @@ def compute(
         case "native":
             return structure.multiply_native(factors, x, bias)
         case "cached dense":
-            return F.linear(x, cache.get(structure, factors), bias)
+            return cache.linear(structure, factors, x, bias)
         case "transient dense":
             return F.linear(x, structure.dense(factors), bias)
         case "factors":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kronpress import native
 from kronpress.benchmark.sizes import INT8
 from kronpress.errors import RequestError
-from kronpress.layers import StructuredLinear
+from kronpress.layers import NativeLinear, StructuredLinear
 from kronpress.matrices import Kronecker, PermutedKronecker
 from kronpress.surgery import dense_weight, embeddings, linear_layers, replace_module_, structured_layers
 
@@ -106,26 +106,16 @@ def quantize_(model: nn.Module) -> None:
         replace_module_(model, name, Int8Embedding(table.weight))
 
 
-class NativeLinear(nn.Module):
-    """x Wᵀ + b, of one to four tokens by this package's own dense routine, the equal of its factored one."""
-
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.contiguous())
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        if native.takes(x, self.weight):
-            return native.linear(self.weight, x, self.bias)
-        return F.linear(x, self.weight, self.bias)
-
-
 def use_native_(model: nn.Module) -> None:
     """Let every dense linear layer take the native routine for few tokens, in place; a head stays tied."""
     for name, layer in linear_layers(model).items():
-        weight: Tensor = layer.weight if isinstance(layer, nn.Linear) else dense_weight(layer)
-        bias: nn.Parameter | None = layer.bias  # type: ignore[assignment]
-        replace_module_(model, name, NativeLinear(weight, bias))
+        linear = layer
+        if not isinstance(layer, nn.Linear):  # stored the other way round
+            weight = dense_weight(layer).contiguous()
+            linear = nn.Linear(*weight.mT.shape, bias=layer.bias is not None, device="meta")
+            linear.weight, linear.bias = nn.Parameter(weight), layer.bias  # type: ignore[assignment]
+            replace_module_(model, name, linear)
+        linear.__class__ = NativeLinear
 
 
 class KronEveryTime(nn.Module):
