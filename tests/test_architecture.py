@@ -37,6 +37,7 @@ ORDER = (
     "harness",
     "healing",
     "checkpoint",
+    "layout",
     "export",
     "benchmark",
     "compression",

@@ -93,6 +93,8 @@ small_sizes = st.sampled_from([1, 1, 2, 2, 3, 4, 5, 7, 24])
 @given(data=st.data(), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES))
 def test_kronecker_is_its_definition(instruction_set: str, data: st.DataObject, seed: int, dtype: torch.dtype) -> None:
     m1, n1, m2, n2 = (data.draw(strategy) for strategy in (sizes, sizes, small_sizes, small_sizes))
+    if data.draw(st.booleans()):
+        m1, n1, m2, n2 = m2, n2, m1, n1
     k, tokens = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
     left, right = normal(seed, dtype, m1, k, n1), normal(seed + 1, dtype, m2, k, n2)
     x = normal(seed + 2, dtype, tokens, n1 * n2)
@@ -101,6 +103,23 @@ def test_kronecker_is_its_definition(instruction_set: str, data: st.DataObject, 
     assert y.shape == (tokens, m1 * m2)
     assert y.dtype == dtype
     assert_near(y, lambda to: dense(to(left), to(right)), x, bias)
+
+
+@EVERY_FIXTURE
+@given(data=st.data(), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES))
+def test_the_order_of_the_factors_is_but_an_order_of_inputs_and_outputs(
+    instruction_set: str, data: st.DataObject, seed: int, dtype: torch.dtype
+) -> None:
+    """B ⊗ A is A ⊗ B between two perfect shuffles, and gives the same bit for bit."""
+    m1, n1, m2, n2 = (data.draw(strategy) for strategy in (sizes, sizes, small_sizes, small_sizes))
+    k, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+    left, right = normal(seed, dtype, m1, k, n1), normal(seed + 1, dtype, m2, k, n2)
+    x, bias = normal(seed + 2, dtype, tokens, n1, n2), normal(seed + 3, dtype, m1, m2)
+    bias = bias if data.draw(st.booleans()) else None
+    y = native.kronecker(left, right, x.flatten(1), None if bias is None else bias.flatten())
+    shuffled = native.kronecker(right, left, x.mT.flatten(1), None if bias is None else bias.mT.flatten())
+    if left.numel() != right.numel():  # else each takes its own left for the large one
+        torch.testing.assert_close(shuffled.view(tokens, m2, m1).mT.flatten(1), y, rtol=0, atol=0)
 
 
 @EVERY_FIXTURE
@@ -131,12 +150,14 @@ def test_low_rank_is_its_definition(
 
 
 @EVERY_FIXTURE
-@given(seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES), swap=st.booleans())
+@given(seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES), swap=st.booleans(), left_is_small=st.booleans())
 def test_what_torch_computes_is_not_nearer_to_the_truth(
-    instruction_set: str, seed: int, dtype: torch.dtype, swap: bool
+    instruction_set: str, seed: int, dtype: torch.dtype, swap: bool, left_is_small: bool
 ) -> None:
     """On the sizes of a real layer: the root mean square error is at most that of torch's own, but for chance."""
     (m1, n1), (m2, n2) = (96, 160), (1, 2) if swap else (4, 1)
+    if left_is_small:
+        m1, n1, m2, n2 = m2, n2, m1, n1
     left, right, x = (
         normal(seed, dtype, m1, 1, n1),
         normal(seed + 1, dtype, m2, 1, n2),
@@ -152,10 +173,13 @@ def test_what_torch_computes_is_not_nearer_to_the_truth(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_views_are_what_they_show(instruction_set: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("left_is_small", [False, True])
+def test_views_are_what_they_show(instruction_set: str, dtype: torch.dtype, left_is_small: bool) -> None:
     """x in any layout, and weights that start anywhere in memory."""
     left, right, bias = (normal(i, dtype, 1 + size)[1:] for i, size in enumerate((7 * 2 * 35, 3 * 2 * 2, 21)))
     left, right = left.view(7, 2, 35), right.view(3, 2, 2)
+    if left_is_small:
+        left, right = right, left
     for x in (
         normal(4, dtype, 70, 3).mT,
         normal(5, dtype, 3, 140)[:, ::2],
@@ -169,11 +193,14 @@ def test_views_are_what_they_show(instruction_set: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("left_is_small", [False, True])
 def test_a_result_depends_on_neither_the_threads_nor_the_other_tokens(
-    instruction_set: str, threads: Callable[[int], None], dtype: torch.dtype
+    instruction_set: str, threads: Callable[[int], None], dtype: torch.dtype, left_is_small: bool
 ) -> None:
     """Bit for bit, with a matrix large enough to be shared among threads."""
     left, right, x = normal(0, dtype, 517, 2, 130), normal(1, dtype, 3, 2, 2), normal(2, dtype, 4, 260)
+    if left_is_small:
+        left, right = right, left
     results = []
     for count in (1, 2, 3):
         threads(count)
@@ -235,6 +262,26 @@ def test_takes_what_it_says() -> None:
     seen = []
     torch.func.vmap(lambda one: seen.append(native.takes(one, left)) or one)(x)
     assert seen == [False]
+
+
+@needs_compiler
+def test_a_layer_takes_it_for_a_small_factor_on_either_side() -> None:
+    """One token with a large A always; as many vectors as do not outweigh the reading otherwise."""
+    large, small, medium = torch.ones(64, 1, 48), torch.ones(2, 1, 2), torch.ones(20, 1, 20)
+    kronecker = STRUCTURES["kronecker"]
+
+    def taken(left: Tensor, right: Tensor, tokens: int) -> bool:
+        x = torch.ones(tokens, left.shape[2] * right.shape[2])
+        return kronecker.takes_native({"weight": left, "right": right}, x)
+
+    for tokens in (1, 2, 3, 4):
+        assert taken(large, small, tokens)
+        assert taken(small, large, tokens)
+    assert not taken(large, small, 5)
+    assert not taken(small, large, 5)
+    assert taken(large, medium, 1)
+    assert not taken(medium, large, 1)
+    assert not taken(large, medium, 2)
 
 
 @needs_compiler

@@ -13,11 +13,12 @@ from kronpress.errors import RequestError, WorkError
 from kronpress.evaluation import EvaluationResult, evaluate
 from kronpress.healing import HealingLog, heal_
 from kronpress.layers import StructuredEmbedding, StructuredLinear
+from kronpress.layout import fold_layout_
 from kronpress.plan import LayerPlan, Plan
 from kronpress.planning import make_plan
 from kronpress.recipe import Recipe, load_recipe
 from kronpress.streaming import compress_streaming
-from kronpress.tokens import load_running_text, load_train_tokens
+from kronpress.tokens import TrainData, load_running_text, load_train_data, load_train_tokens
 from kronpress.version import __version__
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "RequestError",
     "StructuredEmbedding",
     "StructuredLinear",
+    "TrainData",
     "WorkError",
     "__version__",
     "attached_plan",
@@ -42,11 +44,13 @@ __all__ = [
     "drop_dense_caches",
     "evaluate",
     "explain",
+    "fold_layout_",
     "heal_",
     "initialise_",
     "load_model",
     "load_recipe",
     "load_running_text",
+    "load_train_data",
     "load_train_tokens",
     "make_plan",
     "matrices",

@@ -53,7 +53,7 @@ def loaded() -> Loaded:
     except WorkError as error:
         return Loaded(None, "portable", str(error))
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
-    library.kronecker.argtypes = [ctypes.c_int, *[pointer] * 5, *[size] * 7]
+    library.kronecker.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 5, *[size] * 7]
     library.linear.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 4]
     library.low_rank.argtypes = [ctypes.c_int, *[pointer] * 5, *[size] * 5]
     if not gives_known_results(library):
@@ -108,16 +108,20 @@ def takes(x: Tensor, *weights: Tensor) -> bool:
 def pays(left: Tensor, right: Tensor, x: Tensor) -> bool:
     """Whether `kronecker` is the faster one of itself and the same product in torch, as measured.
 
-    It is made for reading a large A once. Where B is the larger factor, or where several tokens make so many vectors
-    that arithmetic takes longer than memory, torch's matrix products are as fast or faster.
+    It is made for reading the larger factor once. Where there are so many vectors that arithmetic takes longer than
+    memory, torch's matrix products are as fast or faster; for one token only where they need not transpose, with A the
+    smaller one.
     """
-    m2, _, n2 = right.shape
+    is_left_small = left.numel() < right.numel()
+    rows, _, columns = (left if is_left_small else right).shape
     tokens = x.numel() // x.shape[-1]
-    return right.numel() <= left.numel() and (tokens == 1 or tokens * min(m2, n2) <= MOST_VECTORS)
+    return (tokens == 1 and not is_left_small) or tokens * min(rows, columns) <= MOST_VECTORS
 
 
 def kronecker(left: Tensor, right: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[t, p, q] = Σ_iab A_i[p, a] B_i[q, b] x[t, a, b] + bias[p, q], (..., n1 n2) to (..., m1 m2).
+
+    Either factor may be the large one. With a small A it is the fastest: x and y stay as they are in memory.
 
     Args:
         left: A, (m1, k, n1).
@@ -133,9 +137,13 @@ def kronecker(left: Tensor, right: Tensor, x: Tensor, bias: Tensor | None = None
     if terms != k:
         raise RequestError(f"left has {k} terms and right {terms}: both must have as many")
     x, y = _input_and_output(x, n1 * n2, m1 * m2, bias, left, right)
+    is_left_small = left.numel() < right.numel()
+    if is_left_small:
+        left, right, (m1, n1), (m2, n2) = right, left, (m2, n2), (m1, n1)
     _done(
         _library().kronecker(
             left.dtype is torch.bfloat16,
+            is_left_small,
             left.data_ptr(),
             right.data_ptr(),
             x.data_ptr(),

@@ -7,6 +7,10 @@
      B first   Z[t, q, (i a)] = Σ_b B_i[q, b] x[t, a, b]    then  y[t, p, q] = Σ_ia left[p, (i a)] Z[t, q, (i a)]
      A first   U[(p i), t, b] = Σ_a left[(p i), a] x[t, a, b]  then  y[t, p, q] = Σ_ib B_i[q, b] U[(p i), t, b]
 
+   `left` is the large factor. Where the large one of A ⊗ B is B, the two change their roles: A gives the letters of B
+   here and B those of A, and x and y, which are the same numbers in memory, are then x[t, b, a] and y[t, q, p], the
+   large index last. `chunked` says so: everything that is read or written is in one piece, and all sums are the same.
+
    `half` says that numbers are bfloat16 in memory; otherwise they are float32. In between all is float32.
 
    One source serves every instruction set: LANES floats are one vector of the compiler's vector extension, and the
@@ -74,6 +78,7 @@ typedef struct {
     void *y;
     size_t tokens, m1, k, n1, m2, n2;
     int half, x_half, y_half; /* of the weights and the bias; of x; of y */
+    int chunked;              /* x[t, b, a] and y[t, q, p] */
     int b_first;
     size_t length, padded, count; /* of the vectors; how many there are */
     size_t tiled;                 /* n1, in whole tiles */
@@ -84,6 +89,17 @@ typedef struct {
     size_t sums_size;
 } Product;
 
+/* n1 neighbours of x from x[at] on, as float32. */
+static void take_run(const Product *job, size_t at, float *run)
+{
+    const uint16_t *halves = (const uint16_t *)job->x + at;
+    if (!job->x_half)
+        memcpy(run, (const float *)job->x + at, job->n1 * sizeof(float));
+    else
+        for (size_t a = 0; a < job->n1; a++)
+            run[a] = widened(halves[a]);
+}
+
 /* Token t of x as float32 with b before a, columns[b][a], each b padded with zeros to whole tiles. */
 static void take_columns(const Product *job, size_t token)
 {
@@ -91,8 +107,11 @@ static void take_columns(const Product *job, size_t token)
     size_t x_at = token * job->n1 * job->n2;
     memset(columns, 0, job->n2 * job->tiled * sizeof(float));
     for (size_t b = 0; b < job->n2; b++)
-        for (size_t a = 0; a < job->n1; a++)
-            columns[b * job->tiled + a] = element(job->x, x_at + a * job->n2 + b, job->x_half);
+        if (job->chunked || job->n2 == 1)
+            take_run(job, x_at + b * job->n1, columns + b * job->tiled);
+        else
+            for (size_t a = 0; a < job->n1; a++)
+                columns[b * job->tiled + a] = element(job->x, x_at + a * job->n2 + b, job->x_half);
 }
 
 /* Σ_b factors[b] columns[b][a], n1 numbers. */
@@ -289,10 +308,14 @@ static void finish_chunk(const Product *job, float *sums, size_t first, size_t s
                 mix_sums(job, sums, t, q, mixed);
                 y = mixed;
             }
-            for (size_t p = 0; p < CHUNK; p++)
-                outputs[p * job->m2 + q] = y[p];
+            if (job->chunked)
+                for (size_t stream = 0; stream < streams; stream++)
+                    write_outputs(job, t, q * job->m1 + first + stream * apart, y + stream * RUN, run);
+            else
+                for (size_t p = 0; p < CHUNK; p++)
+                    outputs[p * job->m2 + q] = y[p];
         }
-        for (size_t stream = 0; stream < streams; stream++)
+        for (size_t stream = 0; stream < streams && !job->chunked; stream++)
             write_outputs(job, t, (first + stream * apart) * job->m2, outputs + stream * RUN * job->m2, run * job->m2);
     }
 }
@@ -393,13 +416,13 @@ static int multiply(Product *job, size_t threads)
     return 0;
 }
 
-/* y[t] = (Σ_i A_i ⊗ B_i) x[t] + bias; all contiguous, bias may be null.
-   Returns 0, or -1 if there is no memory. */
-int kronecker(int half, const void *left, const void *right, const void *x, const void *bias, void *y, size_t tokens,
-              size_t m1, size_t k, size_t n1, size_t m2, size_t n2, size_t threads)
+/* y[t] = (Σ_i A_i ⊗ B_i) x[t] + bias, or, if `chunked`, (Σ_i B_i ⊗ A_i) x[t] + bias; A is `left`, the larger one.
+   All are contiguous, bias may be null. Returns 0, or -1 if there is no memory. */
+int kronecker(int half, int chunked, const void *left, const void *right, const void *x, const void *bias, void *y,
+              size_t tokens, size_t m1, size_t k, size_t n1, size_t m2, size_t n2, size_t threads)
 {
     Product job = {.left = left, .right = right, .x = x, .bias = bias, .y = y, .tokens = tokens, .m1 = m1, .k = k,
-                   .n1 = n1, .m2 = m2, .n2 = n2, .half = half, .x_half = half, .y_half = half};
+                   .n1 = n1, .m2 = m2, .n2 = n2, .half = half, .x_half = half, .y_half = half, .chunked = chunked};
     return multiply(&job, threads);
 }
 
@@ -407,7 +430,7 @@ int kronecker(int half, const void *left, const void *right, const void *x, cons
 int linear(int half, const void *weight, const void *x, const void *bias, void *y, size_t tokens, size_t m, size_t n,
            size_t threads)
 {
-    return kronecker(half, weight, NULL, x, bias, y, tokens, m, 1, n, 1, 1, threads);
+    return kronecker(half, 0, weight, NULL, x, bias, y, tokens, m, 1, n, 1, 1, threads);
 }
 
 /* y[t] = U (V x[t]) + bias with U (m, rank) and V (rank, n); what is between stays in float32. */
