@@ -112,7 +112,7 @@ def use_native_(model: nn.Module) -> None:
         linear = layer
         if not isinstance(layer, nn.Linear):  # stored the other way round
             weight = dense_weight(layer).contiguous()
-            linear = nn.Linear(*weight.mT.shape, bias=layer.bias is not None, device="meta")
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias  # type: ignore[assignment]
             replace_module_(model, name, linear)
         linear.__class__ = NativeLinear
