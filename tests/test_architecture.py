@@ -55,7 +55,7 @@ ONLY_IN = {
     "typer": {"cli"},
     "click": {"cli"},
     "lm_eval": {"harness"},
-    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), {"export"}),
+    **{name: {"export"} for name in ("onnx", "onnxruntime", "onnxscript")},
 }
 # Packages of optional extras, and what is slow to import and seldom needed: imported where they are used.
 OPTIONAL = {"lm_eval", "matplotlib", "onnx", "onnxruntime", "onnxscript"}
