@@ -23,6 +23,14 @@ SPECS: dict[str, dict[str, Any]] = {
     "low_rank": {"rank": 5},
     "monarch": {"output_blocks": 4, "input_blocks": 2, "rank": 2},
     "permuted_kronecker": {"right_shape": [2, 2], "num_terms": 2},
+    "selected": {"lines": "rows", "count": 9},
+    "structured_sum": {
+        "sizes": [
+            {"structure": "kronecker", "spec": {"right_shape": [1, 2], "num_terms": 1}, "share": 0.6},
+            {"structure": "low_rank", "spec": {"rank": 2}},
+        ]
+    },
+    "tensor_gpt": {"num_cores": 3, "rank": 1},
     "tensor_train": {"num_cores": 3, "rank": 3},
 }
 EVERY_CASE = pytest.mark.parametrize(("family", "structure"), list(itertools.product(FAMILIES, SPECS)))

@@ -30,6 +30,8 @@ def weighted(structure: str = "low_rank", **changes: object) -> kp.Recipe:
     }
     if structure == "kronecker":
         fields["spec"] = {"right_shape": [2, 2]}
+    if structure == "tensor_gpt":
+        fields["budget"] = {"kept_of_targets": 0.6}  # a row of 16 has 8 numbers at least
     return kp.Recipe(**{**fields, **changes})
 
 

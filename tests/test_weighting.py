@@ -121,7 +121,7 @@ def test_constant_inputs_about_their_mean_leave_the_plain_fit(structure: str) ->
     metric = layer_metric(layer, weight, moments_of(x), Weighting(metric="input", bias_correction=True))
     assert metric.squared_norm(weight) == 0
     matrix_class = STRUCTURES[structure]
-    spec = matrix_class.candidate_specs(8, 8, 32)[0]
+    spec = matrix_class.candidate_specs(8, 8, 48)[0]
     expand = matrix_class.expand
     torch.testing.assert_close(expand(matrix_class.fit(weight, spec, metric)), expand(matrix_class.fit(weight, spec)))
 

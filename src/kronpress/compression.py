@@ -136,11 +136,13 @@ def initialise_(model: nn.Module, plan: Plan) -> None:
         weight, layer_plan = dense_weight(model.get_submodule(name)).detach(), plan.layers[name]
         sizes = layer_plan.out_features, layer_plan.in_features, layer_plan.spec
         matrix = layer_plan.matrix_class(*sizes, weight.dtype, weight.device, layer_plan.options)
-        factors = list(matrix.parameters())
-        size = weight.square().mean().mul(layer_plan.in_features).sqrt().item()  # they are drawn for 1 / in_features
+        drawn, wanted = (
+            matrix.initial_stds(*sizes, mean_square)
+            for mean_square in (1 / layer_plan.in_features, weight.square().mean().item())
+        )
         with torch.no_grad():
-            for factor in factors:
-                factor.mul_(size ** (1 / len(factors)))
+            for part, factor in matrix.named_parameters():
+                factor.mul_(wanted[part] / drawn[part])
         replace_by_matrix_(model, name, matrix, layer_plan.heads)
     attach_plan_(model, plan)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from kronpress.errors import unknown_name
+from kronpress.errors import RequestError, unknown_name
 from kronpress.folding import Sizes
 from kronpress.matrices import STRUCTURES, StructuredMatrix
 from kronpress.matrices.kronecker import KroneckerSpec
@@ -44,7 +44,10 @@ class LayerPlan(BaseModel):
         if not {"structure", "spec"} <= set(fields):
             return fields  # refused as incomplete
         if fields["structure"] not in STRUCTURES:
-            raise unknown_name("structure", fields["structure"], STRUCTURES)
+            raise RequestError(
+                f"{unknown_name('structure', str(fields['structure']), STRUCTURES)}; import first the file that puts "
+                "one of your own into kronpress.matrices.STRUCTURES"
+            )
         matrix_class = STRUCTURES[fields["structure"]]
         return {
             **fields,

@@ -70,7 +70,8 @@ def _embedding_metric(moments: InputMoments, weighting: Weighting) -> Metric:
     if weighting.metric == "loss":
         if moments.gradient is None:
             raise RequestError(
-                "the metric `loss` needs the loss's gradients: calibrate with calibration.sensitivity=true"
+                "the metric `loss` needs the loss's gradients: calibrate a model that predicts tokens, with "
+                "calibration.sensitivity=true"
             )
         return Metric(moments.gradient + moments.second, frequencies)
     return Metric(moments.second if has_heads else None, frequencies)

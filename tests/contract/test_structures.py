@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronpress import RequestError, StructuredLinear
-from kronpress.matrices import STRUCTURES, Spec, StructuredMatrix, TensorTrain
+from kronpress.matrices import STRUCTURES, Spec, StructuredMatrix, StructuredSum, TensorTrain
 
 Structure = type[StructuredMatrix]
 
@@ -37,6 +37,9 @@ class FourCores(TensorTrain):
 
 
 every_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=list(STRUCTURES))
+# The fit of a sum is a local optimum, which obeys laws of its own: tests/test_structured_sum.py.
+NEAREST = {name: structure for name, structure in STRUCTURES.items() if structure is not StructuredSum}
+every_nearest = pytest.mark.parametrize("structure", NEAREST.values(), ids=list(NEAREST))
 MORE = {**STRUCTURES, "three cores": ThreeCores, "four cores": FourCores}
 every_size = pytest.mark.parametrize("structure", MORE.values(), ids=list(MORE))
 laws = settings(max_examples=20, deadline=None)
@@ -132,13 +135,15 @@ def specs_on(structure: Structure, out_features: int, in_features: int) -> list[
 @given(data=st.data())
 @laws
 def test_fit_recovers_a_matrix_of_its_own_kind(structure: Structure, data: st.DataObject) -> None:
+    if structure is StructuredSum:
+        pytest.skip("a planted sum is found as far as the alternation comes")
     case = draw_case(data, structure)
     planted = structure.expand(draw_factors(data, structure, case, shuffled=False))
     found = structure.expand(structure.fit(planted, case.spec))
     torch.testing.assert_close(found, planted, rtol=0, atol=1e-10 * (1 + planted.norm().item()))
 
 
-@every_structure
+@every_nearest
 @given(data=st.data())
 @laws
 def test_error_never_rises_with_the_count(structure: Structure, data: st.DataObject) -> None:
@@ -155,7 +160,7 @@ def test_error_never_rises_with_the_count(structure: Structure, data: st.DataObj
     assert len(errors) == 1 or errors[-1] < errors[0]
 
 
-@every_structure
+@every_nearest
 @given(data=st.data())
 @laws
 def test_fit_is_a_stationary_point_of_the_squared_error(structure: Structure, data: st.DataObject) -> None:
@@ -170,7 +175,7 @@ def test_fit_is_a_stationary_point_of_the_squared_error(structure: Structure, da
         )
 
 
-@every_structure
+@every_nearest
 @given(data=st.data())
 @laws
 def test_changing_one_factor_of_a_fit_never_lowers_the_error(structure: Structure, data: st.DataObject) -> None:
@@ -186,7 +191,7 @@ def test_changing_one_factor_of_a_fit_never_lowers_the_error(structure: Structur
             assert changed >= least - 1e-12 * weight.square().sum()
 
 
-@every_structure
+@every_nearest
 @given(data=st.data())
 @laws
 def test_fit_is_no_worse_than_any_other_factors(structure: Structure, data: st.DataObject) -> None:

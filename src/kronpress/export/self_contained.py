@@ -52,7 +52,10 @@ def write_self_contained(
             "kronpress_layers": described_layers(plan),
         },
     )
-    structures = sorted({layer.structure for layer in plan.layers.values()})
+    layers = plan.layers.values()
+    structures = sorted(
+        {name for layer in layers for name in (layer.structure, *layer.matrix_class.part_structures(layer.spec))}
+    )
     (folder / SELF_CONTAINED).write_text(runtime_source(structures, base), encoding="utf-8")
     _check(model, folder, name)
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from types import FunctionType, ModuleType
 from typing import Any
 
-from kronpress.matrices import StructuredMatrix
+from kronpress.matrices import STRUCTURES, StructuredMatrix
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -58,6 +58,8 @@ def source_of(methods: Iterable[tuple[type[StructuredMatrix], str]]) -> str:
                 todo.append((holder, attribute))
             elif used in vars(home):
                 other = vars(home)[used]
+                if other is STRUCTURES:
+                    continue  # the module that takes the text has one, with the structures it needs
                 if _is_outside(other, inside):
                     imports.add(_import(other, used))
                 elif isinstance(other, type) and issubclass(other, StructuredMatrix):

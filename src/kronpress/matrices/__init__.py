@@ -4,16 +4,24 @@ from kronpress.matrices.kronecker import Kronecker
 from kronpress.matrices.low_rank import LowRank
 from kronpress.matrices.monarch import Monarch
 from kronpress.matrices.permuted_kronecker import PermutedKronecker
-from kronpress.matrices.structured_matrix import Options, Spec, StructuredMatrix
+from kronpress.matrices.selected import Selected
+from kronpress.matrices.structured_matrix import STRUCTURES, Options, Spec, StructuredMatrix
+from kronpress.matrices.structured_sum import StructuredSum
+from kronpress.matrices.tensor_gpt import TensorGPT
 from kronpress.matrices.tensor_train import TensorTrain
 
-STRUCTURES: dict[str, type[StructuredMatrix]] = {
-    "kronecker": Kronecker,
-    "low_rank": LowRank,
-    "monarch": Monarch,
-    "permuted_kronecker": PermutedKronecker,
-    "tensor_train": TensorTrain,
-}
+STRUCTURES.update(
+    {
+        "kronecker": Kronecker,
+        "low_rank": LowRank,
+        "monarch": Monarch,
+        "permuted_kronecker": PermutedKronecker,
+        "selected": Selected,
+        "structured_sum": StructuredSum,
+        "tensor_gpt": TensorGPT,
+        "tensor_train": TensorTrain,
+    }
+)
 
 __all__ = [
     "STRUCTURES",
@@ -22,7 +30,10 @@ __all__ = [
     "Monarch",
     "Options",
     "PermutedKronecker",
+    "Selected",
     "Spec",
     "StructuredMatrix",
+    "StructuredSum",
+    "TensorGPT",
     "TensorTrain",
 ]

@@ -61,7 +61,7 @@ def metric_of(moments: InputMoments, *, output: bool, centred: bool) -> Metric:
         second = second - torch.outer(moments.mean, moments.mean)
     if output and moments.gradient is None:
         raise RequestError(
-            "the metric `loss` needs the loss's gradients: calibrate a model that gives logits, with "
+            "the metric `loss` needs the loss's gradients: calibrate a model that predicts tokens, with "
             "calibration.sensitivity=true"
         )
     return Metric(second, moments.gradient if output else None)

@@ -8,6 +8,7 @@ its own name.
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
 from math import prod
@@ -67,12 +68,10 @@ class StructuredMatrix(nn.Module):
         self.options = self.Options() if options is None else options
         shapes = self.factor_shapes(out_features, in_features, spec)
         self.check_options(spec, self.options)
-        # W_ij is a sum of `num_paths` products of one entry from each factor.
-        num_paths = self.num_paths(spec)
-        std = (in_features * num_paths) ** (-0.5 / len(shapes))
+        stds = self.initial_stds(out_features, in_features, spec, 1 / in_features)
         for name, shape in shapes.items():
             factor = torch.empty(shape, dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(nn.init.normal_(factor, std=std)))
+            self.register_parameter(name, nn.Parameter(nn.init.normal_(factor, std=stds[name])))
         for name, size in self.order_sizes(out_features, in_features, spec).items():
             self.register_buffer(name, torch.arange(size, device=device))
 
@@ -128,10 +127,31 @@ class StructuredMatrix(nn.Module):
 
     # ---- what a structure may give ----
 
+    @classmethod
+    def has_fixed_sizes(cls, fixed: Mapping[str, Any]) -> bool:
+        """Whether these fields of `candidate_specs` leave a budget nothing: they are all that is None if not given."""
+        parameters = inspect.signature(cls.candidate_specs).parameters.values()
+        chosen = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.default is None}
+        return chosen <= set(fixed)
+
+    @classmethod
+    def initial_stds(cls, out_features: int, in_features: int, spec: Any, mean_square: float) -> dict[str, float]:
+        """The standard deviation of each factor, drawn at random, for which the mean of E W_ij² is `mean_square`.
+
+        By default that for which every W_ij is a sum of `num_paths` products of one entry from each factor.
+        """
+        shapes = cls.factor_shapes(out_features, in_features, spec)
+        return dict.fromkeys(shapes, (mean_square / cls.num_paths(spec)) ** (0.5 / len(shapes)))
+
     @staticmethod
     def order_sizes(out_features: int, in_features: int, spec: Any) -> dict[str, int]:
         """The sizes of the permutations that it stores as integers beside its factors, by name."""
         return {}
+
+    @staticmethod
+    def part_structures(spec: Any) -> tuple[str, ...]:
+        """The names in STRUCTURES of those that its own functions call, if it is composed of others."""
+        return ()
 
     @classmethod
     def dense(cls, factors: Factors) -> Tensor:
@@ -230,3 +250,7 @@ class StructuredMatrix(nn.Module):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             matrix.matmul(torch.empty(1, in_features, device="meta"))
         return counter.get_total_flops()
+
+
+# What every name stands for; filled by the package's __init__, and by users with structures of their own.
+STRUCTURES: dict[str, type[StructuredMatrix]] = {}

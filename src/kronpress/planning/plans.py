@@ -195,7 +195,10 @@ def plan_stages(model: nn.Module, recipe: Recipe) -> list[Plan]:
     Raises:
         RequestError: as `make_plan`; a stage with a measured allocation cannot be planned before those before it ran.
     """
-    shell = meta_model(model.config) if isinstance(model, PreTrainedModel) else copy.deepcopy(model).to("meta")
+    if isinstance(model, PreTrainedModel):
+        shell = meta_model(model.config, type(model))
+    else:
+        shell = copy.deepcopy(model).to("meta")
     plans: list[Plan] = []
     for number, part in enumerate(recipe.parts, start=1):
         try:

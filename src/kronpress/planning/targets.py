@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kronpress.errors import RequestError
 from kronpress.families import target_patterns
@@ -77,9 +78,19 @@ def _count_flops_of(layer: StructuredLayer) -> int:
     return count_flops(name, layer.out_features, layer.in_features, layer.spec)
 
 
-def meta_model(config: PreTrainedConfig) -> nn.Module:
-    """The causal language model of `config`, without weights."""
+def meta_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> nn.Module:
+    """The model of `config`, without weights: of `model_class`, or else the causal language model.
+
+    Raises:
+        RequestError: there is no causal language model of this type.
+    """
     with torch.device("meta"):
+        if model_class is not None:
+            return model_class(copy.deepcopy(config))
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise RequestError(
+                f"{type(config).__name__} is not the configuration of a causal language model: give the model itself"
+            )
         return AutoModelForCausalLM.from_config(config)
 
 

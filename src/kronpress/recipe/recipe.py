@@ -230,7 +230,7 @@ class Recipe(Section):
         """Whether `spec` leaves nothing for a budget to choose."""
         if self.structure == AUTO:
             return False
-        return {name for name, default in _sizes(self.structure).items() if default is None} <= set(self.spec)
+        return STRUCTURES[self.structure].has_fixed_sizes(self.spec)
 
 
 def _sizes(structure: str) -> dict[str, Any]:
