@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from transformers import (
 
 import kronpress as kp
 
+# Nothing is left in the cache of who runs the tests, and nothing is found in it.
+_CACHE = tempfile.TemporaryDirectory(prefix="kronpress-tests-", ignore_cleanup_errors=True)
+os.environ["KRONPRESS_CACHE"] = _CACHE.name
 # The same examples in every run; `--hypothesis-profile=explore`, which pytest reads after this, draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
@@ -76,6 +80,32 @@ TINY_RECIPES: dict[str, dict[str, Any]] = {
         "structure": "tensor_train",
         "spec": {"num_cores": 3},
         "budget": {"kept_of_targets": 0.5},
+    },
+    "selected": {
+        "name": "tiny-selected",
+        "targets": "blocks",
+        "structure": "selected",
+        "spec": {"lines": "columns"},
+        "budget": {"kept_of_targets": 0.5},
+    },
+    "structured_sum": {
+        "name": "tiny-sum",
+        "targets": "blocks",
+        "structure": "structured_sum",
+        "spec": {
+            "sizes": [
+                {"structure": "kronecker", "spec": {"right_shape": [2, 4]}, "share": 0.5},
+                {"structure": "low_rank"},
+            ]
+        },
+        "budget": {"kept_of_targets": 0.5},
+    },
+    "tensor_gpt": {
+        "name": "tiny-tensor-gpt",
+        "targets": "blocks",
+        "structure": "tensor_gpt",
+        "spec": {"num_cores": 3},
+        "budget": {"kept_of_targets": 0.8},
     },
 }
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from kronpress import cli
 from kronpress.export import onnx_graph
 from kronpress.healing import training
+from kronpress.tokens import cache
 from kronpress.weight_files import ShardFiles
 
 PAGE = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
@@ -50,6 +51,24 @@ def other_vocabulary(tools: SimpleNamespace) -> None:
 def short_texts(tools: SimpleNamespace) -> None:
     Path("empty.txt").write_text("")
     Path("short.txt").write_text("a")
+
+
+def data_sets(tools: SimpleNamespace) -> None:
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The old man."}]
+    Path("chat.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    Path("bodies.jsonl").write_text('{"body": "The old man."}\n')
+
+
+def cut_off(tools: SimpleNamespace) -> None:
+    Path("cut-off.jsonl").write_text('{"text": "The old man."}\n{"text": "He re')
+
+
+def full_disk_while_tokenising(tools: SimpleNamespace) -> None:
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tools.monkeypatch.setattr(cache, "_write", write)
+    tools.monkeypatch.setattr(cache, "_opened", lambda path: None)  # nothing is found
 
 
 def staged(tools: SimpleNamespace) -> None:
@@ -162,11 +181,14 @@ MADE = {
     "Teacher and student with different vocabularies": other_vocabulary,
     "Empty text": short_texts,
     "Text that is too short": short_texts,
+    "Training data that cannot be used": data_sets,
     "A calibration that cannot be": short_texts,
     "Streaming what needs the whole model": pickled,
     "A change that a stage would not see": staged,
     "An export that cannot be": not_for_export,
     "Text that is not UTF-8": latin_1,
+    "A damaged data set": cut_off,
+    "A full disk while tokenising": full_disk_while_tokenising,
     "Weights that are cut short": truncated,
     "Weights that were altered": altered,
     "A checkpoint of a newer format": newer,

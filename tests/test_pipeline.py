@@ -379,8 +379,19 @@ def test_another_recipe_cannot_go_on_with_this_ones_training(job, in_pieces, tmp
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
         run(recipe, out, messages=interrupt_after(5))
-    with pytest.raises(kp.RequestError, match="another recipe"):
-        run(job(healing={"max_steps": 7, "save_steps": 2, "learning_rate": 1e-4}), out, resume=True)
+    for changes, wanted in (
+        (
+            {"targets": "attention"},
+            "of another kind: targets was blocks and is attention; --overwrite without --resume",
+        ),
+        ({"healing": {"max_steps": 8, "save_steps": 2}}, r"healing\.max_steps was 7 and is 8"),
+        (
+            {"healing": {"max_steps": 7, "save_steps": 2, "learning_rate": 1e-4}},
+            r"healing\.learning_rate .*--accept-ch",
+        ),
+    ):
+        with pytest.raises(kp.RequestError, match=wanted):
+            run(job(**{"healing": {"max_steps": 7, "save_steps": 2}, **changes}), out, resume=True)
     assert not out.exists()
     assert run(recipe, out, resume=True)["resumed_at_steps"] == [4]
     assert_same_run(out, whole)

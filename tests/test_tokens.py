@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kronpress as kp
-from kronpress import tokens
-from kronpress.tokens import BUILT_IN_SETS, DOCUMENT_END, Text, load_text, pack
+from kronpress.tokens import load_text, pack, reading
+from kronpress.tokens.reading import BUILT_IN_SETS, DOCUMENT_END, SUFFIXES
 
 DOCUMENTS = ["One line.", "Two lines,\nand an é.", "The <|end|> is not the end."]
 LINES = st.lists(st.text("ab é.", max_size=6), min_size=1, max_size=3).map("\n".join)
@@ -68,7 +68,7 @@ def test_a_separator_within_a_line_separates_nothing(tmp_path):
     assert list(load_text(str(tmp_path / "data.txt"), "train").documents) == [text]
 
 
-@pytest.mark.parametrize("suffix", tokens.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_every_format_gives_the_same_documents(tmp_path, suffix, split):
     name = write(tmp_path, suffix, DOCUMENTS)
@@ -80,7 +80,7 @@ def test_every_format_gives_the_same_documents(tmp_path, suffix, split):
     assert whole.text == "\n\n".join(DOCUMENTS)
 
 
-@pytest.mark.parametrize("suffix", tokens.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_that_is_not_there_is_a_wrong_request(tmp_path, suffix):
     name = str(tmp_path / f"none{suffix}")
     with pytest.raises(kp.RequestError, match=f"{re.escape(repr(name))}: no such file"):
@@ -91,7 +91,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
     path = tmp_path / "data.txt"
     path.write_bytes(b"caf\xc3\xa9 caf\xe9 caf\xc3\xa9")
     with pytest.raises(kp.WorkError, match=r"data\.txt' is not UTF-8: byte 9 is 0xe9") as failure:
-        load_text(str(path), "train")
+        list(load_text(str(path), "train").documents)
     assert "\n" not in str(failure.value)
 
 
@@ -155,16 +155,27 @@ def test_bundled_text_is_three_disjoint_parts_of_about_three_megabytes():
 
 
 @pytest.fixture
-def endless(monkeypatch) -> list[str]:
-    """Replaces `load_text` by sets of 5000 short documents; the documents read so far."""
+def endless(monkeypatch, tmp_path) -> list[str]:
+    """Hub sets of 5000 short documents; those read so far. Nothing of them is in the cache."""
     read: list[str] = []
 
-    def documents(name: str) -> Any:
-        for number in range(5000):
-            read.append(f"{name}{number}")
-            yield "the old man"
+    class Set:
+        column_names = ("text",)
 
-    monkeypatch.setattr(tokens, "load_text", lambda name, split: Text(name, documents(f"{name}/{split}/")))
+        def __init__(self, name: str, first: int = 0) -> None:
+            self.name, self.first = name, first
+
+        def skip(self, first: int) -> Any:
+            return Set(self.name, first)
+
+        def __iter__(self) -> Any:
+            for number in range(self.first, 5000):
+                read.append(f"{self.name}/{number}")
+                yield {"text": "the old man"}
+
+    monkeypatch.setenv("KRONPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(reading, "load_dataset", lambda path, *_, split, **__: Set(f"{path}/{split}"))
+    monkeypatch.setattr(reading, "HfApi", Hub)
     return read
 
 
@@ -182,14 +193,22 @@ def test_every_document_ends_with_the_end_token_if_there_is_one(tmp_path, tiny_t
     assert stream.tolist() == [t for each in (*DOCUMENTS, "The last one.") for t in (*ids_of(tokenizer, each), *rest)]
 
 
-def test_only_the_documents_that_are_needed_are_read(endless, tiny_tokenizer):
+def test_only_the_documents_that_are_needed_are_read(endless, tiny_tokenizer, tmp_path):
     per_document = len(ids_of(tiny_tokenizer, "the old man")) + 1
     for num_tokens in (1, 10, 1500 * per_document):
         endless.clear()
-        stream = kp.load_train_tokens(tiny_tokenizer, "set", num_tokens)
+        stream = kp.load_train_tokens(tiny_tokenizer, "set", num_tokens, cache=tmp_path / str(num_tokens))
         assert len(stream) >= num_tokens
         assert len(endless) <= num_tokens / per_document + 1000
     assert endless[0] == "set/train/0"
+
+
+def test_a_set_of_which_more_is_asked_is_read_on_from_there(endless, tiny_tokenizer, tmp_path):
+    per_document = len(ids_of(tiny_tokenizer, "the old man")) + 1
+    for num_documents in (1, 2500, 1500, 4999):
+        stream = kp.load_train_tokens(tiny_tokenizer, "set", num_documents * per_document, tmp_path)
+        assert len(stream) == -(-num_documents // 1000) * 1000 * per_document
+    assert endless == [f"set/train/{number}" for number in range(5000)]
 
 
 def test_sets_follow_one_another_and_the_end_is_all_there_is(endless, tiny_tokenizer):
@@ -251,8 +270,8 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch) -> Hub:
     stand_in = Hub()
-    monkeypatch.setattr(tokens, "HfApi", lambda: stand_in)
-    monkeypatch.setattr(tokens, "load_dataset", stand_in.load_dataset)
+    monkeypatch.setattr(reading, "HfApi", lambda: stand_in)
+    monkeypatch.setattr(reading, "load_dataset", stand_in.load_dataset)
     return stand_in
 
 
@@ -264,10 +283,9 @@ def test_built_in_sets_are_read_at_one_commit_which_is_pinned_or_recorded(hub, n
     text = load_text(name, "test")
     assert list(text.documents) == (["of it", "once more"] if name == "ptb" else ["from the Hub", "again"])
     assert (text.name, text.revision) == (name, commit)
-    assert hub.asked == [
-        ("info", known.path, known.revision),
-        ("load", known.path, known.config, "test", commit, True),
-    ]
+    # A whole commit needs no question.
+    asked = [("info", known.path, known.revision)] if commit == SHA else []
+    assert hub.asked == [*asked, ("load", known.path, known.config, "test", commit, True)]
 
 
 @pytest.mark.parametrize(
@@ -299,12 +317,28 @@ def test_a_hub_set_without_text_is_a_wrong_request(hub):
         load_text("someone/set", "train")
 
 
+def test_a_set_at_a_whole_commit_is_not_asked_for_twice(hub, tiny_tokenizer, tmp_path):
+    tokens = [kp.load_train_tokens(tiny_tokenizer, f"someone/set@{SHA}", 99, tmp_path) for _ in range(2)]
+    assert tokens[0].tolist() == tokens[1].tolist()
+    assert hub.asked == [("load", "someone/set", None, "train", SHA, True)]
+
+
+def test_a_hub_that_fails_while_it_is_read_says_how_far_it_got(hub, tiny_tokenizer, tmp_path):
+    def rows() -> Any:
+        yield {"text": "from the Hub"}
+        raise ConnectionError("gone,\nsaid at length")
+
+    hub.rows = IterableDataset.from_generator(rows)
+    with pytest.raises(kp.WorkError, match=r"'someone/set' could be read to row 1, not further: gone,$"):
+        kp.load_train_tokens(tiny_tokenizer, "someone/set", 99, tmp_path)
+
+
 @pytest.mark.parametrize("failing", ["dataset_info", "load_dataset"])
 def test_a_failing_hub_is_one_sentence(hub, monkeypatch, failing):
     def fail(*_: Any, **__: Any) -> Any:
         raise ValueError("no such thing,\nsaid at length")
 
-    monkeypatch.setattr(*((hub, failing) if failing == "dataset_info" else (tokens, failing)), fail)
+    monkeypatch.setattr(*((hub, failing) if failing == "dataset_info" else (reading, failing)), fail)
     with pytest.raises(kp.WorkError, match=r"'someone/set'.* no such thing,$") as failure:
         load_text("someone/set", "train")
     assert "\n" not in str(failure.value)

@@ -18,7 +18,7 @@ from kronpress.plan import LayerPlan, Plan
 from kronpress.planning import make_plan
 from kronpress.recipe import Recipe, load_recipe
 from kronpress.streaming import compress_streaming
-from kronpress.tokens import load_running_text, load_train_tokens
+from kronpress.tokens import TrainData, load_running_text, load_train_data, load_train_tokens
 from kronpress.version import __version__
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "RequestError",
     "StructuredEmbedding",
     "StructuredLinear",
+    "TrainData",
     "WorkError",
     "__version__",
     "attached_plan",
@@ -49,6 +50,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "load_running_text",
+    "load_train_data",
     "load_train_tokens",
     "make_plan",
     "matrices",

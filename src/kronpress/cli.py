@@ -18,13 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from kronpress.benchmark import DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, RIVALS, benchmark
 from kronpress.checkpoint import check_writable, load_config, load_model, save_checkpoint
-from kronpress.errors import RequestError, WorkError, unknown_name
+from kronpress.errors import RequestError, Terminated, WorkError, unknown_name
 from kronpress.evaluation import LONGEST_DEFAULT_WINDOW, PROTOCOLS, check_vocabulary, evaluate
 from kronpress.export import FORMATS, export_checkpoint
 from kronpress.families import GEOMETRIES
 from kronpress.harness import find_tasks, run_tasks
 from kronpress.healing import heal_
-from kronpress.pipeline import Messages, calibrated, compress_stages_
+from kronpress.pipeline import Messages, calibrated, compress_stages_, healing_folder, validation_tokens
 from kronpress.pipeline import run as run_pipeline
 from kronpress.planning import make_plan
 from kronpress.recipe import POCKET, dump_recipe, load_recipe, recipe_names
@@ -39,14 +39,15 @@ from kronpress.report import (
 )
 from kronpress.spectrum import check_plot_path, plot_spectrum, spectrum, spectrum_tables
 from kronpress.streaming import compress_streaming
-from kronpress.tokens import load_running_text, load_train_tokens
+from kronpress.tokens import load_running_text, load_train_data
 
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Make a pretrained transformer language model smaller and faster with Kronecker products.",
-    epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong. --debug shows the traceback of an error.",
+    epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 143 stopped by SIGTERM after saving. "
+    "--debug shows the traceback of an error.",
 )
 # Names and texts may hold square brackets, so nothing printed is markup.
 out_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -58,6 +59,10 @@ RecipeOption = Annotated[str, typer.Option("--recipe", help="built-in recipe or 
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="change a recipe field")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="folder to write")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace what is in the output folder")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="go on with what was interrupted, or start it")]
+AcceptOption = Annotated[
+    bool, typer.Option("--accept-changes", help="with --resume, go on with the rates and weights as they are now")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
 
 
@@ -206,17 +211,20 @@ def heal(
     data: Annotated[list[str], typer.Option(help="built-in set, Hub data set id, or .txt, .jsonl, .parquet file")],
     out: OutOption,
     changes: SetOption = None,
+    resume: ResumeOption = False,
+    accept_changes: AcceptOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a compressed checkpoint by distillation from its teacher, and write the healed one.
 
-    Without --set healing.max_steps=N or healing.tokens=N it trains on one million tokens.
+    Without --set healing.max_steps=N or healing.tokens=N it trains on one million tokens. With --set
+    healing.save_steps=N, and on SIGTERM, training checkpoints are kept beside DIR, from which --resume goes on.
     """
     check_writable(out, overwrite)
     for change in changes or []:
-        if not change.startswith(("healing.", "seed=")) or change.startswith(("healing.data", "healing.save_steps")):
-            raise RequestError(f"--set {change!r}: heal takes healing.* but data and save_steps, and seed")
+        if not change.startswith(("healing.", "seed=")) or change.startswith("healing.data"):
+            raise RequestError(f"--set {change!r}: heal takes healing.* but data, and seed")
     healing: dict[str, Any] = {"data": data, "distillation_weight": 1.0, "language_model_weight": 0.0}
     if teacher != POCKET:
         limit = load_config(str(directory)).get_text_config().max_position_embeddings
@@ -227,9 +235,23 @@ def heal(
     num_tokens = resolved.healing.num_tokens
     student, dense = load_model(str(directory)), load_model(teacher, resolved.revision)
     check_vocabulary(student.model, student.tokenizer)
-    tokens = load_train_tokens(student.tokenizer, resolved.healing.data, num_tokens)
-    log = heal_(student.model, dense.model, tokens, resolved.healing, seed=resolved.seed, progress=MESSAGES.healing)
-    save_checkpoint(student.model, student.tokenizer, out, dtype=student.dtype, overwrite=overwrite)
+    tokens = load_train_data(student.tokenizer, resolved.healing.data, num_tokens, resolved.healing.sequence_length)
+    validation = validation_tokens(student.tokenizer, resolved.healing)
+    with healing_folder(out, resume, overwrite) as work:
+        log = heal_(
+            student.model,
+            dense.model,
+            tokens,
+            resolved.healing,
+            seed=resolved.seed,
+            work_dir=work,
+            resume=resume,
+            accept_changes=accept_changes,
+            validation_tokens=validation,
+            progress=MESSAGES.healing,
+            messages=_say,
+        )
+        save_checkpoint(student.model, student.tokenizer, out, dtype=student.dtype, overwrite=overwrite)
     if as_json:
         _print_json({"out": str(out), "healing": log.model_dump(mode="json")})
         return
@@ -384,13 +406,20 @@ def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="built-in recipe or YAML file")],
     out: OutOption,
     changes: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run, or start one")] = False,
+    resume: ResumeOption = False,
+    accept_changes: AcceptOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compress, heal, measure and save: everything a recipe says, in one run directory."""
     results = run_pipeline(
-        load_recipe(recipe, changes), out, resume=resume, overwrite=overwrite, messages=MESSAGES, command=_command()
+        load_recipe(recipe, changes),
+        out,
+        resume=resume,
+        accept_changes=accept_changes,
+        overwrite=overwrite,
+        messages=MESSAGES,
+        command=_command(),
     )
     _show(results, out, as_json)
 
@@ -441,6 +470,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return 2, error.format_message()
     if isinstance(error, RequestError):
         return 2, str(error)
+    if isinstance(error, Terminated):
+        return 143, str(error)
     if isinstance(error, WorkError):
         return 1, str(error)
     return 1, f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"

@@ -1,7 +1,7 @@
 """The two ways in which kronpress refuses: the request was wrong, or the work failed.
 
-The command line turns them into exit codes 2 and 1. Both messages are one sentence that names the thing,
-what was given, and what is allowed.
+The command line turns them into exit codes 2 and 1, or 143 where the work was told to stop. Messages are one sentence
+that names the thing, what was given, and what is allowed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ class RequestError(ValueError):
 
 class WorkError(RuntimeError):
     """The request was sound but the work failed: damaged weights, an unreachable Hub, a loss that is not finite."""
+
+
+class Terminated(WorkError):
+    """SIGTERM came, and what was done is saved; the command line's exit code is 143."""
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> RequestError:

@@ -1,10 +1,15 @@
 """The terms of the healing loss: pure functions of what the student gives and what it should give.
 
-Every term is a mean, so that it depends neither on the number of sequences nor on their length. The three that compare
-with a teacher are exactly 0 where student and teacher agree, and in half precision they are computed in float32.
+Every term is a mean, so that it depends neither on the number of sequences nor on their length. All that compare with a
+teacher are exactly 0 where student and teacher agree; what is in half precision is computed in float32.
+
+p is the teacher's distribution over the vocabulary at one token, q the student's.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +18,72 @@ from torch import Tensor
 
 def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of −log p(target) in nats; logits (..., vocab), targets (...) of token ids."""
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+    return F.cross_entropy(_full(logits).flatten(0, -2), targets.flatten())
 
 
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · mean over tokens of KL(teacher ‖ student) = Σ_v p_v (log p_v − log q_v), both softened by T.
+def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v): q must not miss what p does. (..., vocab) to (...)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q ‖ p) = Σ_v q_v (log q_v − log p_v): q must not do what p does not (Gu et al. 2023, arXiv 2306.08543)."""
+    return forward_kl(log_p, log_q)
+
+
+def jensen_shannon(log_q: Tensor, log_p: Tensor, teacher_share: float = 0.5) -> Tensor:
+    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q and β = `teacher_share`, between 0 and 1.
+
+    At most log 2, and symmetric for β = ½. Divided by β it tends to KL(p ‖ q) where β goes to 0, and divided by 1 − β
+    to KL(q ‖ p) where β goes to 1 (Agarwal et al. 2023, arXiv 2306.13649).
+    """
+    beta = teacher_share
+    gap = log_q - log_p
+    # log(m/p) = log(1 + (1 − β)(q/p − 1)) and log(m/q) = log(1 + β (p/q − 1)): exactly 0 at p = q. Of the two the one
+    # with a ratio below 1 is computed, and they differ by the gap.
+    below = torch.expm1(torch.where(gap <= 0, gap, -gap))
+    m_to_p = torch.where(gap <= 0, torch.log1p((1 - beta) * below), torch.log1p(beta * below) + gap)
+    return -(beta * log_p.exp() * m_to_p + (1 - beta) * log_q.exp() * (m_to_p - gap)).sum(-1)
+
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def log_distributions(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, top_k: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """log q and log p, both softened by the temperature; (..., vocab) each.
+
+    With `top_k` the teacher's k likeliest tokens stay, in both, and all the others are one event, whose probability is
+    theirs together: (..., k + 1), still two distributions. What a divergence says of these is a divergence itself, and
+    never more than it says of the whole vocabulary (data processing inequality): it is 0 if and only if the k tokens
+    have the same probabilities. With k = vocab or more nothing is put together.
+
+    >>> p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    >>> log_distributions(p.log(), p.log(), top_k=2)[1].exp()
+    tensor([0.5000, 0.3000, 0.2000])
+    """
+    student, teacher = _full(student_logits) / temperature, _full(teacher_logits) / temperature
+    if top_k is None or top_k >= teacher.shape[-1]:
+        return F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    kept = teacher.topk(top_k, dim=-1).indices
+    log_q, log_p = (
+        F.log_softmax(
+            torch.cat([each.gather(-1, kept), each.scatter(-1, kept, -math.inf).logsumexp(-1, keepdim=True)], -1), -1
+        )
+        for each in (student, teacher)
+    )
+    return log_q, log_p
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    divergence: Divergence = forward_kl,
+) -> Tensor:
+    """T² · mean over tokens of D(q, p), of what `log_distributions` makes of the logits; D is KL(p ‖ q) if not given.
 
     The factor T² keeps the gradient's size independent of T (Hinton et al. 2015, section 2). It is exactly 0 when
     the logits are equal, and otherwise positive up to rounding.
@@ -29,9 +95,28 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     Args:
         student_logits, teacher_logits: (..., vocab).
     """
-    log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    log_q = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return temperature**2 * divergence(*log_distributions(student_logits, teacher_logits, temperature, top_k)).mean()
+
+
+def logit_terms(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor,
+    divergences: Mapping[str, Divergence],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> dict[str, Tensor]:
+    """Of each token `language_model_loss`, and `distillation_loss` with each divergence, by its name.
+
+    Args:
+        student_logits, teacher_logits: (tokens, vocab); no teacher, no divergence.
+        targets: (tokens,).
+    """
+    terms = {"language_model_nats": F.cross_entropy(_full(student_logits), targets, reduction="none")}
+    if teacher_logits is not None and divergences:
+        distributions = log_distributions(student_logits, teacher_logits, temperature, top_k)
+        terms |= {name: temperature**2 * divergence(*distributions) for name, divergence in divergences.items()}
+    return terms
 
 
 def attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
@@ -48,7 +133,7 @@ def attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
     Args:
         student_maps, teacher_maps: (..., queries, keys), not negative; the keys of a row add up to 1.
     """
-    q, p = student_maps.float(), teacher_maps.float()
+    q, p = _full(student_maps), _full(teacher_maps)
     # A probability that has underflowed must cost much, not infinitely much.
     smallest = torch.finfo(torch.float32).tiny
     log_ratio = p.clamp(min=smallest).log() - q.clamp(min=smallest).log()
@@ -66,4 +151,9 @@ def state_loss(student_states: Tensor, teacher_states: Tensor) -> Tensor:
     >>> state_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 5.0])).item()
     4.5
     """
-    return F.mse_loss(student_states.float(), teacher_states.float())
+    return F.mse_loss(_full(student_states), _full(teacher_states))
+
+
+def _full(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.float() if logits.element_size() < 4 else logits

@@ -7,7 +7,8 @@ from kronpress.pipeline.compressing import (
     compress_loaded_,
     compress_stages_,
 )
-from kronpress.pipeline.whole_run import Messages, continue_text, run
+from kronpress.pipeline.whole_run import Messages, continue_text, run, validation_tokens
+from kronpress.pipeline.working_folder import healing_folder
 
 __all__ = [
     "Calibrated",
@@ -17,5 +18,7 @@ __all__ = [
     "compress_loaded_",
     "compress_stages_",
     "continue_text",
+    "healing_folder",
     "run",
+    "validation_tokens",
 ]

@@ -29,17 +29,29 @@ from kronpress.checkpoint import (
 from kronpress.errors import RequestError, unknown_name
 from kronpress.evaluation import evaluate, longest_context
 from kronpress.healing import HealingLog, HealingRow, heal_
+from kronpress.healing.checkpoints import write_whole
+from kronpress.healing.progress import METRICS, metrics_lines
 from kronpress.pipeline.compressing import Calibrated, calibrated, compress_loaded_
-from kronpress.pipeline.working_folder import STAGE_NOTE, is_begun, note_resumption, training_folder
+from kronpress.pipeline.working_folder import (
+    STAGE_NOTE,
+    check_not_begun,
+    mark,
+    note_resumption,
+    only_run,
+)
 from kronpress.plan import Plan
 from kronpress.planning import check_stages, make_plan, plan_stages
 from kronpress.recipe import Budget, Healing, Recipe, dump_recipe, load_recipe, recipe_names
 from kronpress.rivals import RIVALS, Contender, dense_contender
-from kronpress.tokens import RunningText, load_running_text, load_train_tokens
+from kronpress.tokens import RunningText, TrainData, data_names, join_documents, load_running_text, load_train_data
 
 RESULTS_FORMAT = 1
 PROMPT = "It was a cold evening in November, and the old man"
 CONTINUATION_TOKENS = 40
+# Where transformers' tensorboard tracker writes, in the folder of the training.
+TRACKED = "runs"
+# No tokenizer makes less than a token of so many characters of running text.
+CHARACTERS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ def run(
     out: Path,
     *,
     resume: bool = False,
+    accept_changes: bool = False,
     overwrite: bool = False,
     messages: Messages = SILENT,
     command: list[str] | None = None,
@@ -66,20 +79,20 @@ def run(
 
     `out` appears when all is done, with recipe.yaml, plan.json, results.json and model/. Until then a hidden
     folder beside it keeps the training checkpoints (every `healing.save_steps` steps) from which `resume`
-    continues.
+    continues, and the rows of the training as they come. No other process may run with the same `out` meanwhile.
 
     Args:
         command: the command line that asked for the run, kept in results.json.
         resume: continue an interrupted run; start one if there is none; leave a finished one as it is.
+        accept_changes: continue even if rates, weights of terms and the like are not those that it began with.
 
     Returns:
         The content of results.json.
 
     Raises:
-        RequestError: the recipe does not fit the model, `out` is not empty, or `resume` with another recipe.
+        RequestError: the recipe does not fit the model, `out` is not empty or in use, or `resume` with another recipe.
         WorkError: a step failed; training checkpoints are kept.
     """
-    started = time.monotonic()
     out = out.resolve()
     work = out.with_name(f".{out.name}.healing")
     if resume and (out / "results.json").is_file() and not work.exists():
@@ -91,9 +104,25 @@ def run(
     continues = resume and work.exists()
     if not continues:
         check_writable(out, overwrite)
-        if is_begun(work) and not overwrite:
-            raise RequestError(f"{out} was begun and interrupted: --resume goes on with it, --overwrite starts anew")
-        shutil.rmtree(work, ignore_errors=True)
+    with only_run(work):
+        if not continues:
+            check_not_begun(work, out, overwrite)
+        return _run(recipe, out, work, resume, continues, accept_changes, overwrite, messages, command)
+
+
+def _run(
+    recipe: Recipe,
+    out: Path,
+    work: Path,
+    resume: bool,
+    continues: bool,
+    accept_changes: bool,
+    overwrite: bool,
+    messages: Messages,
+    command: list[str] | None,
+) -> dict[str, Any]:
+    """`run` where something is to be done and `work` is no other process's; it continues what is in `work` or not."""
+    started = time.monotonic()
     rival_recipes = {name: _rival_recipe(name, recipe) for name in recipe.rivals if name not in RIVALS}
     messages.stage(f"loading {recipe.model}")
     teacher = load_model(recipe.model, recipe.revision)
@@ -110,12 +139,19 @@ def run(
     rival_plans = {
         name: make_plan(teacher.model, rival, rival_data[name].moments) for name, rival in rival_recipes.items()
     }
-    arena = _Arena(recipe, teacher, _train_tokens(teacher.tokenizer, recipe, messages), _texts(recipe), messages)
+    arena = _Arena(
+        recipe,
+        teacher,
+        _train_tokens(teacher.tokenizer, recipe, messages),
+        _texts(recipe),
+        validation_tokens(teacher.tokenizer, recipe.healing),
+        messages,
+    )
 
     rows = [_measure(arena, dense_contender(teacher.model, plan), "dense")]
-    with training_folder(work, recipe):
-        resumed_at_steps = note_resumption(work)
-        main, stages = _compressed_and_healed(arena, plan, data, known, work, resume)
+    mark(work, recipe, accept_changes)
+    resumed_at_steps = note_resumption(work)
+    main, stages = _compressed_and_healed(arena, plan, data, known, work, resume, accept_changes)
     rows += [row for stage in stages for row in stage["rows"]]
     final = Plan.model_validate(stages[-1]["plan"])
     rivals: list[dict[str, Any]] = []
@@ -163,10 +199,15 @@ def run(
         (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         (partial / "plan.json").write_text(final.model_dump_json(indent=1) + "\n", encoding="utf-8")
         write_model(main.model, teacher.tokenizer, partial / "model", teacher.dtype)
+        for number, stage in enumerate(stages, start=1):
+            name = METRICS if len(stages) == 1 else f"stage-{number}-{METRICS}"
+            rows_of = HealingLog.model_validate(stage["healing"]).rows
+            (partial / name).write_text(metrics_lines(rows_of), encoding="utf-8")
+        if (work / TRACKED).is_dir():
+            shutil.copytree(work / TRACKED, partial / TRACKED)
         (partial / "results.json").write_text(
             json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-    shutil.rmtree(work, ignore_errors=True)
     return results
 
 
@@ -176,8 +217,9 @@ class _Arena:
 
     recipe: Recipe
     teacher: LoadedModel
-    tokens: Tensor
+    tokens: TrainData | None
     texts: list[RunningText]
+    validation: Tensor | None
     messages: Messages
 
 
@@ -194,7 +236,13 @@ def _last_plan(recipe: Recipe, teacher: LoadedModel, first: Plan) -> Plan:
 
 
 def _compressed_and_healed(
-    arena: _Arena, plan: Plan, data: Calibrated, known: dict[str, Moments], work: Path, resume: bool
+    arena: _Arena,
+    plan: Plan,
+    data: Calibrated,
+    known: dict[str, Moments],
+    work: Path,
+    resume: bool,
+    accept_changes: bool,
 ) -> tuple[Contender, list[dict[str, Any]]]:
     """The teacher's copy after all stages, and of each stage rows, plan, layers' errors and healing as JSON has them.
 
@@ -222,12 +270,14 @@ def _compressed_and_healed(
         contender = _contender(name, student, plan)
         rows = [_measure(arena, contender, "compressed")]
         read = sum(earlier.healing.num_tokens for earlier in parts[: number - 1])
-        log, more = _heal(arena, contender, part.healing, work=folder, resume=resume, read=read)
+        log, more = _heal(
+            arena, contender, part.healing, work=folder, resume=resume, accept_changes=accept_changes, read=read
+        )
         stages.append({"rows": rows + more, **story, "healing": log.model_dump(mode="json")})
         if number < len(parts) and part.healing.save_steps is not None:
             write_model(student.model, student.tokenizer, folder / "model", None)
             student.model.config.dtype = arena.teacher.dtype  # that of the working precision was written there
-            (folder / STAGE_NOTE).write_text(json.dumps(stages[-1]), encoding="utf-8")
+            write_whole(folder / STAGE_NOTE, json.dumps(stages[-1]))
     return contender, stages
 
 
@@ -254,7 +304,13 @@ def _compress_(
 
 
 def _heal(
-    arena: _Arena, contender: Contender, healing: Healing, work: Path | None = None, resume: bool = False, read: int = 0
+    arena: _Arena,
+    contender: Contender,
+    healing: Healing,
+    work: Path | None = None,
+    resume: bool = False,
+    accept_changes: bool = False,
+    read: int = 0,
 ) -> tuple[HealingLog, list[dict[str, Any]]]:
     """Train the contender in place; the log, and the row of what it became if there was any training.
 
@@ -262,16 +318,18 @@ def _heal(
         read: how many of the tokens it was trained on before; it is trained on the next, or on all if they are too few.
     """
     arena.messages.stage(f"healing {contender.name}, {healing.num_steps} steps")
-    unread = arena.tokens[read:]
     log = heal_(
         contender.model,
         arena.teacher.model,
-        unread if len(unread) >= healing.num_tokens else arena.tokens,
+        torch.empty(0) if arena.tokens is None else arena.tokens.after(read, healing.num_tokens),
         healing,
         seed=arena.recipe.seed,
         work_dir=work,
         resume=resume,
+        accept_changes=accept_changes,
+        validation_tokens=arena.validation,
         progress=arena.messages.healing,
+        messages=arena.messages.stage,
     )
     if log.num_steps == 0:
         return log, []
@@ -299,7 +357,7 @@ def _rival_healing(name: str, healing: Healing) -> Healing:
     if name != "dense":
         return healing
     no_teacher = dict.fromkeys(healing.teacher_weights, 0.0)
-    return healing.model_copy(update={"language_model_weight": 1.0, **no_teacher})
+    return healing.model_copy(update={"language_model_weight": 1.0, **no_teacher, "schedule": {}})
 
 
 def _round_to_(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -308,12 +366,23 @@ def _round_to_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     cast_parameters_(model, torch.float32)
 
 
-def _train_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, messages: Messages) -> Tensor:
+def _train_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, messages: Messages) -> TrainData | None:
+    """What the recipe heals on; None if it does not heal."""
     healing = recipe.healing
     if healing.num_steps == 0:
-        return torch.empty(0, dtype=torch.int32)
-    messages.stage(f"reading {healing.data}")
-    return load_train_tokens(tokenizer, healing.data, healing.num_tokens)
+        return None
+    messages.stage(f"reading {data_names(healing.data)}")
+    return load_train_data(tokenizer, healing.data, healing.num_tokens, healing.sequence_length)
+
+
+def validation_tokens(tokenizer: PreTrainedTokenizerBase, healing: Healing) -> Tensor | None:
+    """The first tokens (num_tokens,) of the validation text that the recipe names, if it names one."""
+    if healing.validation_data is None or healing.num_steps == 0:
+        return None
+    names = [healing.validation_data] if isinstance(healing.validation_data, str) else healing.validation_data
+    documents = [document for name in names for document in load_running_text(name, "validation").documents]
+    text = join_documents(documents)[: CHARACTERS_PER_TOKEN * healing.validation_tokens]
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])[: healing.validation_tokens]
 
 
 def _texts(recipe: Recipe) -> list[RunningText]:

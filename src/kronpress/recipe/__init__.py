@@ -10,7 +10,7 @@ from kronpress.recipe.loading import (
     recipe_names,
 )
 from kronpress.recipe.recipe import AUTO, Recipe
-from kronpress.recipe.sections import Budget, Calibration, Evaluation, Healing, Phase, Weighting
+from kronpress.recipe.sections import Budget, Calibration, Evaluation, Healing, Phase, WeightedSet, Weighting
 
 __all__ = [
     "AUTO",
@@ -23,6 +23,7 @@ __all__ = [
     "Healing",
     "Phase",
     "Recipe",
+    "WeightedSet",
     "Weighting",
     "dump_recipe",
     "load_recipe",

@@ -13,6 +13,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -97,10 +98,21 @@ class Phase(Section):
     warmup_steps: NonNegativeInt | None = None
 
 
+class WeightedSet(Section):
+    """One of several sets that training text is mixed of."""
+
+    name: str = Field(description="built-in set, Hub data set id, or local file")
+    weight: PositiveFloat = Field(description="its part of all training tokens, relative to the other sets' weights")
+
+
 class Healing(Section):
     """Training of the compressed model; it stops at `max_steps` or `tokens`, whichever comes first."""
 
-    data: str | list[str] = Field("openwebtext", description="built-in set, Hub data set id, or local files")
+    data: str | list[str] | list[WeightedSet] = Field(
+        "openwebtext",
+        description="built-in set, Hub data set id, or local files, one after another; or sets to be mixed, each as "
+        "{name, weight}",
+    )
     max_steps: NonNegativeInt | None = Field(
         None, description="optimiser steps, all phases together; 0 leaves the model unhealed"
     )
@@ -123,7 +135,21 @@ class Healing(Section):
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled decay of all matrices")
     language_model_weight: NonNegativeFloat = Field(1.0, description="weight of the next-token cross-entropy")
     distillation_weight: NonNegativeFloat = Field(0.0, description="weight of KL(teacher ‖ student) of the logits")
+    reverse_distillation_weight: NonNegativeFloat = Field(
+        0.0, description="weight of KL(student ‖ teacher) of the logits"
+    )
+    jensen_shannon_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the divergence of both from their mixture, of the logits"
+    )
+    jensen_shannon_teacher_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="share β of the teacher in this mixture"
+    )
     temperature: PositiveFloat = Field(1.0, description="temperature of both distributions in the distillation")
+    distillation_top_k: PositiveInt | None = Field(
+        None,
+        description="compare only the teacher's likeliest tokens, this many, and all others as one event; the whole "
+        "vocabulary if unset",
+    )
     embedding_weight: NonNegativeFloat = Field(
         0.0, description="weight of the mean squared difference from the teacher in what enters the first block"
     )
@@ -136,16 +162,63 @@ class Healing(Section):
     layer_map: list[NonNegativeInt] | None = Field(
         None, description="the teacher's block, from 0, that matches each block of the student; evenly if unset"
     )
+    schedule: dict[str, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
+        {}, description="weights that change linearly from the first step to the last, by name: [from, to]"
+    )
+    chunk_tokens: NonNegativeInt | None = Field(
+        None,
+        description="tokens whose logits are in memory at once: as many as have 2^24 of them if unset, all of a pass's "
+        "if 0",
+    )
     save_steps: PositiveInt | None = Field(None, description="steps between training checkpoints; none if unset")
+    keep_checkpoints: PositiveInt = Field(
+        2, description="newest training checkpoints that are kept, beside the best on the validation text"
+    )
+    validation_data: str | list[str] | None = Field(
+        None,
+        description="sets on whose validation split, or local files on which, the model is measured where it is saved "
+        "and at the end; none if unset",
+    )
+    validation_tokens: PositiveInt = Field(16384, description="the first tokens of it that are read")
+    end_with: Literal["last", "best"] = Field(
+        "last",
+        description="`last`: the weights after all steps; `best`: of those saved the best on the validation text",
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        3.0, description="a step is skipped if its loss is so many times the median of the last 64; never if null"
+    )
+    max_skipped_steps: PositiveInt = Field(10, description="skipped steps in a row after which the training stops")
+    report_to: list[str] = Field([], description="trackers that transformers knows, such as tensorboard or wandb")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_form(cls, data: object) -> object:
+        if isinstance(data, list) and any(isinstance(each, dict) for each in data):
+            for number, each in enumerate(data):
+                try:
+                    WeightedSet.model_validate(each)
+                except ValueError as error:
+                    raise ValueError(
+                        f"set {number} is {each!r}: expected {{name, weight}} of every set, the weight above 0"
+                    ) from error
+        elif data == []:
+            raise ValueError("there is no set in it")
+        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Healing:
-        if not any((self.language_model_weight, *self.teacher_weights.values())):
-            names = ", ".join(["language_model_weight", *self.teacher_weights])
-            raise ValueError(f"{names} are all 0: nothing to minimise")
+        names = ["language_model_weight", *self.teacher_weights]
+        for name in self.schedule:
+            if name not in names:
+                raise ValueError(f"schedule names {name!r}: the weights are {', '.join(names)}")
+        for progress in (0, 1):
+            if not any(self.weights_at(progress).values()):
+                raise ValueError(f"{', '.join(names)} are all 0: nothing to minimise")
         for size in [self.sequences_per_step, *(phase.sequences_per_step for phase in self.phases)]:
             if size is not None and size % (self.sequences_per_pass or 1):
                 raise ValueError(f"sequences_per_pass {self.sequences_per_pass} does not divide {size}")
+        if self.end_with == "best" and (self.validation_data is None or self.save_steps is None):
+            raise ValueError("end_with: best needs validation_data to tell the best by, and save_steps to keep it")
         shares = sum(phase.share for phase in self.phases)
         if self.phases and abs(shares - 1) > 1e-6:
             raise ValueError(f"the shares of the phases add up to {shares:g}, not 1")
@@ -153,13 +226,26 @@ class Healing(Section):
 
     @property
     def teacher_weights(self) -> dict[str, float]:
-        """The weights of the terms that compare with the teacher, by the names of their fields."""
-        return {
+        """The weights of the terms that compare with the teacher, by the names of their fields; their largest ones."""
+        weights = {name: max(ends) for name, ends in self._weight_ends.items()}
+        return {name: weight for name, weight in weights.items() if name != "language_model_weight"}
+
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """The weights of all terms by the names of their fields, after this fraction of the steps."""
+        return {name: first + (last - first) * progress for name, (first, last) in self._weight_ends.items()}
+
+    @property
+    def _weight_ends(self) -> dict[str, tuple[float, float]]:
+        fields = {
+            "language_model_weight": self.language_model_weight,
             "distillation_weight": self.distillation_weight,
+            "reverse_distillation_weight": self.reverse_distillation_weight,
+            "jensen_shannon_weight": self.jensen_shannon_weight,
             "embedding_weight": self.embedding_weight,
             "attention_weight": self.attention_weight,
             "hidden_weight": self.hidden_weight,
         }
+        return {name: self.schedule.get(name, (weight, weight)) for name, weight in fields.items()}
 
     @property
     def parts(self) -> list[Healing]:
