@@ -1,29 +1,29 @@
-"""A training that is killed, starved of disk and given damaged checkpoints, beside the same one left in peace.
+"""A training that is killed again and again, beside the same one left in peace.
 
     python benchmarks/kill_healing.py --out benchmarks/results/kill_healing.json
 
 A tiny GPT-2 with Kronecker sums is distilled from its dense self for a few seconds of one core, a training checkpoint
-every third step. A fault counts as survived if the resumed training ends with the same weights and the same rows, bit
-for bit, and if what had to be said was said. Every attempt is a process of its own, forked from one that has imported
-everything.
+every third step. It is killed at random moments, and each time goes on; and other trainings of the same are killed
+once each, before one of their operations on files, most of which are part of a save. All must end with the weights and
+the rows of the one in peace, bit for bit. Every attempt is a process of its own, forked from one that has imported
+everything. What else may happen to it is tried by healing_faults.py.
 """
 
 from __future__ import annotations
 
-import errno
+import copy
 import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,22 +35,29 @@ from transformers.utils import logging
 
 import kronpress as kp
 from kronpress.errors import RequestError, Terminated, WorkError
-from kronpress.healing import newest_checkpoint, trainer
+from kronpress.healing import checkpoint_step, newest_checkpoint
+from kronpress.healing.trainer import PROGRESS
 from kronpress.recipe import Healing
 
 TOKENS = (7 * torch.arange(4096)) % 60 + 3
 CONFIG = GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.1)
-WEIGHTS = ("model.safetensors", "optimizer.pt")
-RESULT, TOLD = "result.json", "told.txt"
+RESULT = "result.json"
+MOST_ROWS = 50  # of a training
 
 
-def train(folder: Path, num_steps: int, resume: bool, each_step: Callable[[int], None] = lambda step: None) -> None:
-    """The training, in `folder`; what it ended with goes to RESULT beside the checkpoints, what it said to TOLD."""
+def train(
+    folder: Path,
+    num_steps: int,
+    resume: bool,
+    each_step: Callable[[int], None] = lambda step: None,
+    result: Path | None = None,
+) -> None:
+    """The training, in `folder`; how it ends goes to RESULT there, or in `result`, and what it says to `told_file`."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_config(CONFIG).eval()
-    student = AutoModelForCausalLM.from_config(CONFIG)
+    # Each with a configuration of its own, which compressing changes.
+    teacher, student = (AutoModelForCausalLM.from_config(copy.deepcopy(CONFIG)).eval() for _ in range(2))
     student.load_state_dict(teacher.state_dict())
     recipe = kp.Recipe(spec={"right_shape": (2, 2), "num_terms": 2}, fit={"start": "adaptive"})
     kp.compress_(student, kp.make_plan(student, recipe))
@@ -77,11 +84,18 @@ def train(folder: Path, num_steps: int, resume: bool, each_step: Callable[[int],
     for name, tensor in sorted(student.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     rows = [row.model_dump(exclude={"tokens_per_second", "seconds_left"}) for row in log.rows]
-    (folder / RESULT).write_text(json.dumps({"weights": digest.hexdigest(), "rows": rows}))
+    result = folder if result is None else result
+    result.mkdir(exist_ok=True)
+    (result / RESULT).write_text(json.dumps({"weights": digest.hexdigest(), "rows": rows}))
+
+
+def told_file(folder: Path) -> Path:
+    """Not in the folder, whose disk may be full."""
+    return folder.with_name(f"{folder.name}.told")
 
 
 def _tell(folder: Path, text: str) -> None:
-    with (folder / TOLD).open("a") as file:
+    with told_file(folder).open("a") as file:
         file.write(text + "\n")
 
 
@@ -131,123 +145,73 @@ class Trial:
         return json.loads((self.folder / RESULT).read_text()) if (self.folder / RESULT).exists() else {}
 
     @property
+    def newest_step(self) -> int | None:
+        """That of the newest checkpoint that is whole."""
+        newest = newest_checkpoint(self.folder)
+        return None if newest is None else checkpoint_step(newest)
+
+    @property
     def told(self) -> str:
-        return (self.folder / TOLD).read_text() if (self.folder / TOLD).exists() else ""
+        path = told_file(self.folder)
+        return path.read_text() if path.exists() else ""
 
 
-# ---- the faults: each tries it on a trial and says whether what happened at once was right ----
+# ---- SIGKILL ----
 
 
-def killed_at_random(trial: Trial, chance: random.Random, longest: float, kills: int) -> bool:
+def killed_at_random(
+    trial: Trial, chance: random.Random, startup: float, seconds: float, kills: int
+) -> list[int | None]:
+    """Kill the training so many times; the step of its newest checkpoint after each, as far as it was still going.
+
+    Every fifth time on average within `startup` seconds of the process's start, else within `seconds` of one of its
+    first rows, so that it gets about half through.
+    """
+    reached: list[int | None] = []
     for _ in range(kills):
-        child = trial.start()
-        time.sleep(chance.uniform(0, longest))
-        os.kill(child, signal.SIGKILL)
-        if ended(child) != -signal.SIGKILL:
-            return False  # it was over before
-    return not trial.result
+        in_training, moment = chance.random() > 0.2, chance.random()
+        rows_left = chance.randint(1, 2 * min(trial.num_steps, MOST_ROWS) // (3 * kills) + 2)
+
+        def die_within(seconds: float, moment: float = moment) -> None:
+            timer = threading.Timer(moment * seconds, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
+
+        def each_row(_: int) -> None:
+            nonlocal rows_left
+            rows_left -= 1
+            if rows_left == 0:
+                die_within(seconds)
+
+        code = trial.run(each_step=each_row) if in_training else trial.run(lambda: die_within(startup))
+        if code != -signal.SIGKILL or trial.result:
+            break  # it was over before
+        reached.append(trial.newest_step)
+    return reached
+
+
+class FileOperations:
+    """An audit hook that counts this process's operations on files of a folder and calls `each` before each."""
+
+    EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+
+    def __init__(self, folder: Path, each: Callable[[int], object]) -> None:
+        self.folder, self.each, self.number = str(folder), each, 0
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in self.EVENTS and self.folder in str(arguments[0]):
+            self.number += 1
+            self.each(self.number)
 
 
 def killed_at_a_file_operation(trial: Trial, number: int) -> bool:
-    """The process kills itself at its operation `number` on files of the training's folder."""
-    counted = [0]
+    """The process kills itself before its operation `number` on files of the training's folder."""
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree") and str(
-            trial.folder
-        ) in str(arguments[0]):
-            counted[0] += 1
-            if counted[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    return trial.run(lambda: sys.addaudithook(hook)) == -signal.SIGKILL
-
-
-def stopped_by_sigterm(trial: Trial, step: int) -> bool:
-    def terminate(at: int) -> None:
-        if at == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    code = trial.run(each_step=terminate)
-    newest = newest_checkpoint(trial.folder)
-    return code == 143 and newest is not None and newest.name in (f"checkpoint-{step}", f"checkpoint-{step + 1}")
-
-
-def disk_full(trial: Trial, saves_before: int) -> bool:
-    """There is no room to finish the checkpoint after so many others."""
-
-    def fill() -> None:
-        whole, calls = trainer.publish, [0]
-
-        def publish(written: Path, checkpoint: Path) -> None:
-            calls[0] += 1
-            if calls[0] > saves_before:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            whole(written, checkpoint)
-
-        trainer.publish = publish
-
-    code = trial.run(fill)
-    newest = newest_checkpoint(trial.folder)
-    kept = f"step {3 * saves_before} is kept"
-    return code == 3 and (kept in trial.told if saves_before else newest is None)
-
-
-def file_cut_off(trial: Trial, name: str) -> bool:
-    """The system refuses to write more than half of a file of the second checkpoint, as a full disk does."""
-    newest = newest_checkpoint(trial.folder.with_name("peace"))
-    assert newest is not None
-    half = (newest / name).stat().st_size // 2
-
-    def limit(step: int) -> None:
-        if step == 4:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (half, resource.RLIM_INFINITY))
-
-    return trial.run(each_step=limit) == 3 and "step 3 is kept" in trial.told
-
-
-def _interrupted(trial: Trial) -> Path:
-    """The newest checkpoint of the trial, which was killed after its second save."""
-
-    def kill(step: int) -> None:
-        if step == 8:
+    def kill(reached: int) -> None:
+        if reached == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trial.run(each_step=kill)
-    newest = newest_checkpoint(trial.folder)
-    assert newest is not None
-    return newest
-
-
-def truncated(trial: Trial, name: str) -> bool:
-    path = _interrupted(trial) / name
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return True
-
-
-def flipped(trial: Trial, name: str) -> bool:
-    path = _interrupted(trial) / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    return True
-
-
-def deleted(trial: Trial, name: str) -> bool:
-    (_interrupted(trial) / name).unlink()
-    return True
-
-
-def second_run(trial: Trial) -> bool:
-    """Another process wants the folder while one trains in it; it is refused, and the first goes on."""
-
-    def ask(step: int) -> None:
-        if step == 4:
-            second = started(lambda: train(trial.folder, trial.num_steps, resume=True))
-            assert ended(second) == 3
-
-    return trial.run(each_step=ask) == 0 and "is in use by process" in trial.told
+    return trial.run(lambda: sys.addaudithook(FileOperations(trial.folder, kill))) == -signal.SIGKILL
 
 
 @contextmanager
@@ -263,78 +227,51 @@ def main(
     out: Annotated[Path, typer.Option(help="where the result is written")],
     kills: Annotated[int, typer.Option(help="SIGKILLs at random moments of one training")] = 20,
     operations: Annotated[int, typer.Option(help="SIGKILLs at file operations, each in a training of its own")] = 20,
-    steps: Annotated[int, typer.Option(help="steps of the training")] = 60,
+    steps: Annotated[int, typer.Option(help="steps of the training")] = 150,
     seed: Annotated[int, typer.Option(help="of the random moments")] = 0,
-    few: Annotated[bool, typer.Option("--few", help="of the others only a few faults")] = False,
 ) -> None:
     chance = random.Random(seed)
-    rows: list[dict[str, Any]] = []
     with trials(steps) as trial_called:
         peace = trial_called("peace")
+        counted = peace.folder.with_name("operations")
+        operations_hook = FileOperations(peace.folder, each=lambda number: counted.write_text(str(number)))
+        assert peace.run(lambda: sys.addaudithook(operations_hook)) == 0, peace.told
+        num_operations = int(counted.read_text())
+        newest = newest_checkpoint(peace.folder)
+        assert newest is not None
+        seconds = json.loads((newest / PROGRESS).read_text())["seconds"]
         began = time.monotonic()
-        counted = [0]
-
-        def count(event: str, arguments: tuple[Any, ...]) -> None:
-            if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree") and str(
-                peace.folder
-            ) in str(arguments[0]):
-                counted[0] += 1
-                (peace.folder.parent / "operations").write_text(str(counted[0]))
-
-        assert peace.run(lambda: sys.addaudithook(count)) == 0, peace.told
-        seconds = time.monotonic() - began
-        num_operations = int((peace.folder.parent / "operations").read_text())
-        began = time.monotonic()
-        assert peace.run() == 0  # resumed where it ended: what a process takes before its first step
+        assert peace.run() == 0  # resumed where it had ended: what a process takes before its first step
         startup = time.monotonic() - began
 
-        def add(fault: str, attempts: int, tries: Callable[[Trial], bool], said: str = "") -> None:
-            trial = trial_called(f"trial-{len(rows)}")
-            at_once = tries(trial)
-            code = trial.run()
-            survived = at_once and code == 0 and trial.result == peace.result and said in trial.told
-            rows.append({"fault": fault, "tried": attempts, "survived": attempts if survived else 0, "said": said})
-            print(f"{fault:75} {'survived' if survived else 'LOST'}", flush=True)
-
-        longest = startup + seconds / 10
-        add(
-            f"SIGKILL at random moments of one training, {kills} times",
-            kills,
-            lambda trial: killed_at_random(trial, chance, longest, kills),
-        )
-        survived = 0
+        trial = trial_called("moments")
+        reached = killed_at_random(trial, chance, startup, 2 * seconds / min(steps, MOST_ROWS), kills)
+        one = len(reached) == kills and trial.run() == 0 and trial.result == peace.result
+        print(f"{kills} SIGKILLs at random moments of one training: {'survived' if one else 'LOST'}", flush=True)
+        survived = []
         for number in sorted(chance.sample(range(1, num_operations + 1), operations)):
             trial = trial_called(f"operation-{number}")
             killed = killed_at_a_file_operation(trial, number)
-            survived += killed and trial.run() == 0 and trial.result == peace.result
-        rows.append(
-            {
-                "fault": f"SIGKILL at a random one of {num_operations} file operations, most of them while saving",
-                "tried": operations,
-                "survived": survived,
-                "said": "",
-            }
-        )
-        print(f"{rows[-1]['fault']:75} {survived} of {operations}", flush=True)
-        add("SIGTERM", 1, lambda trial: stopped_by_sigterm(trial, 7), "SIGTERM after step")
-        for name in WEIGHTS[:1] if few else WEIGHTS:
-            cut_off = partial(file_cut_off, name=name)
-            add(f"{name} cut off while saving", 1, cut_off, "could not write")
-        if not few:
-            add("disk full at the first save", 1, partial(disk_full, saves_before=0), "No space left on device")
-            add("disk full at the third save", 1, partial(disk_full, saves_before=2), "No space left on device")
-            for name in (*WEIGHTS, "trainer_state.json", "progress.json", "checksums.json"):
-                for done, spoil in (("truncated", truncated), ("with a bit flipped", flipped), ("deleted", deleted)):
-                    add(f"newest checkpoint: {name} {done}", 1, partial(spoil, name=name), "is damaged")
-            add("a second run on the folder", 1, second_run, "is in use by process")
+            survived.append(killed and trial.run() == 0 and trial.result == peace.result)
+        print(f"{operations} SIGKILLs at file operations: {sum(survived)} survived", flush=True)
     result = {
         "steps": steps,
         "seed": seed,
+        "seconds_of_the_training_in_peace": round(seconds, 2),
         "versions": {name: version(name) for name in ("torch", "transformers", "kronpress")},
-        "rows": rows,
+        "one_training": {
+            "kills": kills,
+            "newest_checkpoint_after_each": reached,
+            "final_weights_and_rows_are_equal": one,
+        },
+        "one_kill_each": {
+            "file_operations": num_operations,
+            "kills": operations,
+            "final_weights_and_rows_are_equal": sum(survived),
+        },
     }
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if any(row["survived"] != row["tried"] for row in rows):
+    if not (one and all(survived)):
         raise typer.Exit(1)
 
 

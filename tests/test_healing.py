@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.healing import (
@@ -21,10 +26,13 @@ from reference.healing import (
     with_sums_of_two_terms,
 )
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 import kronpress as kp
-from kronpress.healing import HealingRow, language_model_loss, learning_rates
+from kronpress.healing import HealingRow, language_model_loss, learning_rates, training
 from kronpress.recipe import Healing
+from kronpress.report import healing_line
 
 CASES = tuple(itertools.product(("gpt2", "opt", "llama", "qwen2"), kp.matrices.STRUCTURES))
 DROPOUT = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
@@ -446,3 +454,107 @@ def test_a_healing_that_fails_leaves_them_too(tiny_compressed):
     assert model.training
     assert model.config.use_cache is True
     assert "forward" not in vars(model)
+
+
+# ---- trackers ----
+
+
+class Tracker(TrainerCallback):
+    """As one of transformers', which are made without arguments."""
+
+    logged: ClassVar[list[tuple[int, dict[str, float]]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        self.logged.append((state.global_step, dict(logs)))
+
+
+@pytest.fixture
+def tracker(monkeypatch) -> type[Tracker]:
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "ours", Tracker)
+    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["ours"])
+    monkeypatch.setattr(Tracker, "logged", [])
+    return Tracker
+
+
+def test_a_tracker_that_is_asked_for_gets_every_row(tiny_compressed, tracker):
+    log = kp.heal_(tiny_compressed("gpt2", "low_rank"), None, TOKENS, schedule(report_to=["ours"]))
+    expected = [(row.step, row.model_dump(exclude_none=True, exclude={"step", "num_steps"})) for row in log.rows]
+    found = [
+        (step, {name: value for name, value in row.items() if name != "epoch"})
+        for step, row in tracker.logged
+        if "loss" in row
+    ]
+    assert found == expected
+
+
+def test_no_tracker_is_used_unless_it_is_asked_for(tiny_compressed, tracker):
+    kp.heal_(tiny_compressed("gpt2", "low_rank"), None, TOKENS, schedule())
+    assert not tracker.logged
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("tensorbord", r"unknown tracker in healing.report_to 'tensorbord'.*tensorboard"),
+        ("tensorboard", "healing.report_to names 'tensorboard': its package is not installed"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_refused(tiny_compressed, tracker, name, wanted):
+    with pytest.raises(kp.RequestError, match=wanted):
+        kp.heal_(tiny_compressed("gpt2", "low_rank"), None, TOKENS, schedule(report_to=[name]))
+
+
+# ---- the page ----
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "healing.md").read_text(encoding="utf-8")
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+def test_recipes_of_the_page_are_recipes(block):
+    assert kp.load_recipe({"targets": "mlp", "structure": "low_rank", **yaml.safe_load(block)}).healing.num_steps
+
+
+def test_the_example_of_the_page_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(block, {})
+
+
+def test_every_weight_of_a_term_is_on_the_page():
+    for name in ("language_model_weight", *Healing(max_steps=1).teacher_weights):
+        assert f"| `{name}` |" in PAGE
+
+
+def test_the_line_of_progress_of_the_page_is_one():
+    (line,) = re.findall(r"```\n(  step .*)\n```", PAGE)
+    row = HealingRow(
+        **{"step": 40, "num_steps": 60, "tokens": 1, "loss": 1.0, "language_model_nats": 4.213},
+        **{"distillation_nats": 0.731, "validation_nats": math.log(71.2), "learning_rate": 2.1e-4},
+        **{"tokens_per_second": 1402.0, "seconds_left": 58.0},
+    )
+    assert healing_line(row) == line
+
+
+def test_the_memory_of_the_page_is_that_of_the_committed_result():
+    found = result("healing_memory")
+    peaks = {(row["objective"], row["logits"]): row["peak_bytes"] / 2**20 for row in found["rows"]}
+    for objective in dict.fromkeys(row["objective"] for row in found["rows"]):
+        figures = " | ".join(f"{peaks[objective, way]:,.0f}" for way in ("whole", "default", "64 tokens"))
+        assert f"| {objective} | {figures} |" in PAGE
+        if objective != "language model":  # one tensor of logits is little more than the gradient of the head
+            assert peaks[objective, "default"] < peaks[objective, "whole"]
+    assert f"vocabulary of {found['vocabulary']}, width {found['width']}" in PAGE
+
+
+def test_the_speed_of_the_page_is_that_of_the_committed_result():
+    rows = result("healing_speed")["rows"]
+    for row in rows:
+        ratios = row["processor"]
+        figures = " | ".join(
+            f"{ratios[name]:.2f}" for name in ("without_a_teacher", "with_a_teacher", "with_its_cache")
+        )
+        assert f"| {row['model']} | {figures} |" in PAGE

@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kronpress.errors import RequestError
+from kronpress.errors import RequestError, WorkError
 
 CHECKSUMS = "checksums.json"
 LOCK = ".lock"
@@ -113,11 +113,16 @@ def only_one(folder: Path, lock: str = LOCK) -> Iterator[None]:
 
     Raises:
         RequestError: another process is; its number is named.
+        WorkError: there can be no file in the folder.
     """
     path = folder / lock
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", encoding="utf-8") as file:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            opened = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise WorkError(f"could not write {str(path)!r}: {error}") from error
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -130,8 +135,8 @@ def only_one(folder: Path, lock: str = LOCK) -> Iterator[None]:
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue
             file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            with suppress(OSError):  # on a full disk the lock holds all the same
+                os.write(file.fileno(), str(os.getpid()).encode())
             try:
                 yield
             finally:

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-# As many tokens make a chunk as have so many logits: 64 MiB in float32.
-CHUNK_LOGITS = 2**24
+from kronpress.healing.losses import TopLogits
+
+# At most as many tokens make a chunk as have so many logits: 32 MiB in float32. What is larger, glibc gives back to the
+# system each time, and to get it anew takes as long as the arithmetic of a small head.
+CHUNK_LOGITS = 2**23
 # What models do to their head's output, by the name of the number in their configuration.
 FINISHES: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "final_logit_softcapping": lambda logits, cap: cap * torch.tanh(logits / cap),  # Gemma 2
@@ -26,8 +29,9 @@ FINISHES: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "logits_scaling": lambda logits, scale: logits / scale,  # Granite
 }
 
-# Of the logits (tokens, vocab) of student and teacher and the targets (tokens,): each term's value at each token.
-Terms = Callable[[Tensor, Tensor | None, Tensor], dict[str, Tensor]]
+# Of the logits (tokens, vocab) of the student, those of the teacher or what is kept of them, and the targets (tokens,):
+# each term's value at each token.
+Terms = Callable[[Tensor, Tensor | TopLogits | None, Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def without_logits(head: Head) -> Iterator[list[Tensor]]:
 def chunked_terms(
     head: Head,
     hidden: Tensor,
-    teacher: tuple[Head, Tensor] | None,
+    teacher: tuple[Head, Tensor] | TopLogits | None,
     targets: Tensor,
     terms: Terms,
     weights: Mapping[str, float],
@@ -116,10 +120,11 @@ def chunked_terms(
 
     Args:
         hidden: (tokens, width), what the student's head reads.
-        teacher: its head, and what that reads (tokens, its width); it is not differentiated.
+        teacher: its head, and what that reads (tokens, its width), which is not differentiated; or what is kept of its
+            logits at these tokens.
         targets: (tokens,).
         weights: of each term that `terms` gives; one that is not named weighs nothing.
-        chunk_tokens: how many tokens have logits at a time; as many as have CHUNK_LOGITS of them if None.
+        chunk_tokens: how many tokens at most have logits at a time; as many as have CHUNK_LOGITS of them if None.
     """
     means: dict[str, Tensor] = {}
     parameters = head.parameters
@@ -127,20 +132,24 @@ def chunked_terms(
     def loss_of(first: int, chunk: Tensor, values: Sequence[Tensor]) -> Tensor:
         """The chunk's part of the loss; `values` are the head's parameters."""
         tokens = slice(first, first + len(chunk))
-        teacher_logits = None
-        if teacher is not None:
+        compared_with: Tensor | TopLogits | None = None
+        if isinstance(teacher, TopLogits):
+            compared_with = TopLogits(*(each[tokens] for each in teacher))
+        elif teacher is not None:
             with torch.no_grad():
-                teacher_logits = teacher[0].logits(teacher[1][tokens])
+                compared_with = teacher[0].logits(teacher[1][tokens])
         logits = head.logits(chunk, dict(zip(parameters, values, strict=True)))
-        found = {
-            name: each.sum() / len(hidden) for name, each in terms(logits, teacher_logits, targets[tokens]).items()
-        }
+        found = {name: each.sum() / len(hidden) for name, each in terms(logits, compared_with, targets[tokens]).items()}
         for name, part in found.items():
             means[name] = part.detach() + means.get(name, 0.0)
-        return torch.stack([weights.get(name, 0.0) * part for name, part in found.items()]).sum()
+        # What weighs nothing is not differentiated.
+        weighed = [weights[name] * part for name, part in found.items() if weights.get(name)]
+        return torch.stack(weighed).sum() if weighed else hidden.new_zeros(())
 
     if chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_LOGITS // head.vocabulary)
+    num_chunks = -(-len(hidden) // chunk_tokens)
+    chunk_tokens = -(-len(hidden) // max(1, num_chunks))  # of equal size: the head is slow on few tokens
     inputs = (hidden, *parameters.values())
     if not torch.is_grad_enabled():
         inputs = tuple(each.detach() for each in inputs)
@@ -162,27 +171,30 @@ class _SumOverChunks(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         # Leaves of their own: nothing is differentiated beyond the head.
         values = [each.detach().requires_grad_(need) for each, need in zip(parameters, wanted[1:], strict=True)]
-        gradients = [
-            torch.zeros_like(each) if need else None for each, need in zip((hidden, *values), wanted, strict=True)
-        ]
+        gradients: list[Tensor | None] = [torch.zeros_like(hidden) if wanted[0] else None, *([None] * len(values))]
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         for first in range(0, len(hidden), chunk_tokens):
             chunk = hidden[first : first + chunk_tokens].detach().requires_grad_(wanted[0])
             with torch.set_grad_enabled(any(wanted)):
                 loss = loss_of(first, chunk, values)
             total += loss.detach()
-            if not any(wanted):
+            if not loss.requires_grad:
                 continue
             sought = [each for each in (chunk, *values) if each.requires_grad]
             found = iter(torch.autograd.grad(loss, sought))
             if gradients[0] is not None:
                 gradients[0][first : first + chunk_tokens] = next(found)
-            for gradient in gradients[1:]:
-                if gradient is not None:
-                    gradient += next(found)
-        ctx.save_for_backward(*gradients)
+            for number, value in enumerate(values, start=1):
+                if value.requires_grad:
+                    before, more = gradients[number], next(found)
+                    gradients[number] = more if before is None else before.add_(more)
+        ctx.gradients = gradients
         return total
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
-        return None, None, *(None if each is None else each * outer[0].to(each.dtype) for each in ctx.saved_tensors)
+        # In place, since that of a head is as large as the head; so there is no second time.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the loss in chunks is differentiated once")
+        return None, None, *(None if each is None else each.mul_(outer[0]) for each in gradients)

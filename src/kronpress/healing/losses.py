@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,17 +64,62 @@ def log_distributions(
     >>> log_distributions(p.log(), p.log(), top_k=2)[1].exp()
     tensor([0.5000, 0.3000, 0.2000])
     """
-    student, teacher = _full(student_logits) / temperature, _full(teacher_logits) / temperature
+    student, teacher = _softened(student_logits, temperature), _softened(teacher_logits, temperature)
     if top_k is None or top_k >= teacher.shape[-1]:
         return F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
     kept = teacher.topk(top_k, dim=-1).indices
-    log_q, log_p = (
-        F.log_softmax(
-            torch.cat([each.gather(-1, kept), each.scatter(-1, kept, -math.inf).logsumexp(-1, keepdim=True)], -1), -1
-        )
-        for each in (student, teacher)
-    )
-    return log_q, log_p
+    return _with_rest_as_one(student, kept), _with_rest_as_one(teacher, kept)
+
+
+def _with_rest_as_one(logits: Tensor, kept: Tensor) -> Tensor:
+    """The log-probabilities of the tokens `kept` (..., k) of logits (..., vocab), and of all others: (..., k + 1)."""
+    # Not as 1 − Σ p: of what is left little would be left of its digits.
+    rest = logits.scatter(-1, kept, -math.inf).logsumexp(-1, keepdim=True)
+    return F.log_softmax(torch.cat([logits.gather(-1, kept), rest], -1), -1)
+
+
+class TopLogits(NamedTuple):
+    """A teacher's distribution: of each token its k likeliest successors, and all others as one event.
+
+    Three tensors (..., k), (..., k) and (...): log-probabilities, downwards, the token ids that they are of, int64, and
+    the log of the probability of all others, −∞ if k is the whole vocabulary. Together they add up to 1. It is
+    `log_p` of `log_distributions` for one temperature and `top_k`.
+    """
+
+    values: Tensor
+    indices: Tensor
+    log_rest: Tensor
+
+
+def top_logits(logits: Tensor, k: int, temperature: float = 1.0) -> TopLogits:
+    """Of logits (..., vocab), softened by the temperature, the k likeliest tokens, at most all.
+
+    >>> top = top_logits(torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), 2)
+    >>> top.values.exp(), top.indices, top.log_rest.exp()
+    (tensor([0.5000, 0.3000]), tensor([0, 1]), tensor(0.2000))
+    """
+    softened = _softened(logits, temperature)
+    kept = softened.topk(k, dim=-1).indices
+    log_p = _with_rest_as_one(softened, kept)
+    return TopLogits(log_p[..., :-1], kept, log_p[..., -1])
+
+
+def log_distributions_of_top(
+    student_logits: Tensor, teacher: TopLogits, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`log_distributions` of the student and a teacher of whom the top is known, made with the same temperature.
+
+    (..., k + 1) each, or (..., vocab), in the teacher's order, if k is the whole vocabulary.
+
+    >>> logits = torch.randn(3, 5)
+    >>> log_q, log_p = log_distributions_of_top(logits, top_logits(logits, 2, 1.5), 1.5)
+    >>> torch.equal(log_q, log_p)
+    True
+    """
+    student = _softened(student_logits, temperature)
+    if teacher.indices.shape[-1] == student.shape[-1]:
+        return F.log_softmax(student, dim=-1).gather(-1, teacher.indices), teacher.values
+    return _with_rest_as_one(student, teacher.indices), torch.cat([teacher.values, teacher.log_rest[..., None]], -1)
 
 
 def distillation_loss(
@@ -100,7 +146,7 @@ def distillation_loss(
 
 def logit_terms(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher: Tensor | TopLogits | None,
     targets: Tensor,
     divergences: Mapping[str, Divergence],
     temperature: float = 1.0,
@@ -109,14 +155,26 @@ def logit_terms(
     """Of each token `language_model_loss`, and `distillation_loss` with each divergence, by its name.
 
     Args:
-        student_logits, teacher_logits: (tokens, vocab); no teacher, no divergence.
+        student_logits: (tokens, vocab).
+        teacher: its logits (tokens, vocab), or what is kept of them, made with `temperature` and `top_k`; without it
+            there is no divergence.
         targets: (tokens,).
     """
-    terms = {"language_model_nats": F.cross_entropy(_full(student_logits), targets, reduction="none")}
-    if teacher_logits is not None and divergences:
-        distributions = log_distributions(student_logits, teacher_logits, temperature, top_k)
-        terms |= {name: temperature**2 * divergence(*distributions) for name, divergence in divergences.items()}
-    return terms
+    if teacher is None or not divergences:
+        return {"language_model_nats": F.cross_entropy(_full(student_logits), targets, reduction="none")}
+    if isinstance(teacher, TopLogits):
+        distributions = log_distributions_of_top(student_logits, teacher, temperature)
+    else:
+        distributions = log_distributions(student_logits, teacher, temperature, top_k)
+    is_whole = top_k is None or top_k >= student_logits.shape[-1]
+    if temperature == 1 and is_whole and not isinstance(teacher, TopLogits):
+        nats = -distributions[0].gather(-1, targets[:, None])[:, 0]  # it is there already, in the order of the tokens
+    else:
+        nats = F.cross_entropy(_full(student_logits), targets, reduction="none")
+    return {
+        "language_model_nats": nats,
+        **{name: temperature**2 * divergence(*distributions) for name, divergence in divergences.items()},
+    }
 
 
 def attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
@@ -152,6 +210,10 @@ def state_loss(student_states: Tensor, teacher_states: Tensor) -> Tensor:
     4.5
     """
     return F.mse_loss(_full(student_states), _full(teacher_states))
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    return _full(logits) if temperature == 1 else _full(logits) / temperature
 
 
 def _full(logits: Tensor) -> Tensor:

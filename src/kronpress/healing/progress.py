@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kronpress.errors import RequestError
+from kronpress.errors import RequestError, WorkError
 from kronpress.healing.checkpoints import write_whole
 
 METRICS = "metrics.jsonl"
@@ -145,9 +146,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 # Of the healing: what may differ when a training is resumed, and what may not, whoever accepts it.
-ALWAYS_FREE = frozenset({"save_steps", "keep_checkpoints", "max_skipped_steps", "report_to"})
+ALWAYS_FREE = frozenset(
+    {
+        *("save_steps", "keep_checkpoints", "max_skipped_steps", "report_to"),
+        *("sequences_per_pass", "gradient_checkpointing", "compile", "sharded"),  # how it is computed, not what
+    }
+)
 NEVER_FREE = frozenset(
-    {"data", "max_steps", "tokens", "sequences_per_step", "sequence_length", "phases", "validation_data"}
+    {
+        *("data", "max_steps", "tokens", "sequences_per_step", "sequence_length", "phases", "validation_data"),
+        *("rates", "optimizer"),  # what they keep is of another kind
+    }
 )
 
 
@@ -181,14 +190,26 @@ class MetricsFile:
     """The rows as JSON lines, one after the other as they come; no step is in it twice."""
 
     def __init__(self, folder: Path, rows: list[HealingRow]) -> None:
-        """Begins with the rows that a resumed training has already; later ones of an earlier attempt go."""
+        """Begins with the rows that a resumed training has already; later ones of an earlier attempt go.
+
+        Raises:
+            WorkError: the file cannot be written; so does `append`.
+        """
         self.path = folder / METRICS
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, metrics_lines(rows))
+        with self._written():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, metrics_lines(rows))
 
     def append(self, row: HealingRow) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._written(), self.path.open("a", encoding="utf-8") as file:
             file.write(metrics_lines([row]))
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise WorkError(f"could not write {str(self.path)!r}: {error}") from error
 
 
 def metrics_lines(rows: list[HealingRow]) -> str:

@@ -1,13 +1,13 @@
 """The teacher's likeliest tokens at every position of the training windows, computed once and kept on disk.
 
-Of each position, k log-probabilities log p_v of the likeliest tokens v in 16 bits, these tokens, and the log of what is
-left for all others together, log Σ p_v over the rest, in 32. They are the teacher's own, without any temperature, which
-`log_distribution` brings in: a softer or harder distribution over the k tokens and the rest as one event.
+Of each position, k log-probabilities of the likeliest tokens in 16 bits, these tokens, and the log of what is left for
+all others together in 32. They are softened by the temperature of the distillation before the others are put together:
+exactly what `losses.log_distributions` computes of the teacher's logits, but for the rounding.
 
 The file has a place for every window from the start, and a CRC-32 of each that is there. So a window is either whole or
 missing, whatever interrupts: a cache that was broken off goes on where it was, several processes may fill one, and a
 window that was damaged is missing again. It is safetensors, and named after all that decides what is in it: the
-teacher's weights and configuration, the tokens, the length of the windows, and k.
+teacher's weights and configuration, the tokens, the length of the windows, k and the temperature.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,9 @@ from transformers import PreTrainedModel
 from kronpress.calibration.moments import check_room, sha256
 from kronpress.errors import RequestError, WorkError
 from kronpress.evaluation import num_embeddings
-from kronpress.tokens import TrainData
+from kronpress.healing.chunks import Head, find_head, without_logits
+from kronpress.healing.losses import TopLogits, top_logits
+from kronpress.tokens import TrainData, Windows
 from kronpress.tokens.cache import FOLDER_VARIABLE, cache_folder
 
 # What is stored and how; part of every key.
@@ -41,41 +43,10 @@ _HEADER_BYTES = 1024
 _POSITIONS_AT_ONCE = 256
 # Of a configuration, what says where a model came from and not what it is.
 _NAMES_ONLY = {"name_or_path", "transformers_version", "architectures"}
-
-
-class TopLogits(NamedTuple):
-    """Of each position the k likeliest tokens: three tensors (..., k), (..., k) and (...), float32, int64, float32.
-
-    `values` are log-probabilities, downwards, `indices` their tokens, `log_rest` the log of the probability of all
-    others. All probabilities of a position add up to 1.
-    """
-
-    values: Tensor
-    indices: Tensor
-    log_rest: Tensor
-
-
-def top_logits(logits: Tensor, k: int) -> TopLogits:
-    """Of logits (..., vocab) the k likeliest tokens, k less than vocab; (..., k) and the rest (...).
-
-    >>> top = top_logits(torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), 2)
-    >>> top.values.exp(), top.indices, top.log_rest.exp()
-    (tensor([0.5000, 0.3000]), tensor([0, 1]), tensor(0.2000))
-    """
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    values, indices = log_p.topk(k, dim=-1)
-    # Not as 1 − Σ p: of what is left little would be left of its digits.
-    log_rest = log_p.scatter(-1, indices, -torch.inf).logsumexp(-1)
-    return TopLogits(values, indices, log_rest)
-
-
-def log_distribution(top: TopLogits, temperature: float = 1.0) -> Tensor:
-    """log of p_i^(1/T) / Σ_j p_j^(1/T) over the k tokens and, last, the rest as one event; (..., k + 1).
-
-    With T = 1 it is what `losses.log_distributions` makes of the logits with top_k. With another T that softens all
-    tokens before it puts the rest together, which needs all of them.
-    """
-    return torch.log_softmax(torch.cat([top.values, top.log_rest[..., None]], -1) / temperature, dim=-1)
+# What the keys of a batch begin with that are of the teacher.
+_KEY = "teacher_"
+# Logarithms below what 16 bits can hold.
+_LEAST = -65504.0
 
 
 def num_bytes(num_windows: int, length: int, k: int, vocabulary: int) -> int:
@@ -110,21 +81,31 @@ class TeacherLogits:
     """
 
     def __init__(
-        self, teacher: PreTrainedModel, data: TrainData, length: int, k: int, folder: Path | None = None
+        self,
+        teacher: PreTrainedModel,
+        data: TrainData,
+        length: int,
+        k: int | None = None,
+        folder: Path | None = None,
+        *,
+        temperature: float = 1.0,
     ) -> None:
         """Open the file, or make it, with no window yet.
 
         Args:
+            k: tokens at each position; the whole vocabulary if None, or if there are no more.
             folder: that of the cache; `cache_folder("teacher-logits")` if None.
 
         Raises:
-            RequestError: k is not between 1 and one less than the vocabulary, or there is less than one window.
+            RequestError: k is less than 1, or there is less than one window.
             WorkError: the file cannot be written, or the disk has no room for it.
         """
         vocabulary = num_embeddings(teacher)
-        if vocabulary is None or not 0 < k < vocabulary:
-            raise RequestError(f"teacher cache of {k} tokens at each position: allowed is 1 to {(vocabulary or 1) - 1}")
-        self._teacher, self.length, self.k = teacher, length, k
+        assert vocabulary is not None  # of a language model
+        k = vocabulary if k is None else min(k, vocabulary)
+        if k < 1:
+            raise RequestError(f"teacher cache of {k} tokens at each position: allowed is 1 or more")
+        self._teacher, self.length, self.k, self.temperature = teacher, length, k, temperature
         self.windows = data.whole(length).windows(length, seed=0)
         starts = np.cumsum([0, *(len(stream) // length for stream in self.windows.streams)])
         self._starts, self.num_windows = starts[:-1].tolist(), int(starts[-1])
@@ -151,9 +132,9 @@ class TeacherLogits:
         expected = int(self._arrays["checks"][number])
         return expected != 0 and expected == _check(self._stored(number))
 
-    def missing(self) -> list[int]:
-        """The windows that are not there; all others are read, to see that they are as they were written."""
-        return [number for number in range(len(self)) if not self.has(number)]
+    def missing(self, numbers: Iterable[int] | None = None) -> list[int]:
+        """Which of these windows, of all if None, are not there; the others are read, to see that they are whole."""
+        return [number for number in (range(len(self)) if numbers is None else numbers) if not self.has(number)]
 
     def read(self, numbers: Iterable[int]) -> TopLogits:
         """Of these windows, (windows, length − 1, k) and (windows, length − 1): at t, what follows the tokens up to t.
@@ -171,6 +152,16 @@ class TeacherLogits:
         log_p = torch.cat([logs.float(), rests[..., None]], -1).log_softmax(-1)
         return TopLogits(log_p[..., :-1], tokens.long(), log_p[..., -1])
 
+    @contextmanager
+    def teacher_on(self, device: torch.device) -> Iterator[None]:
+        """Inside the block the teacher is on the device."""
+        before = self._teacher.device
+        self._teacher.to(device)  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            self._teacher.to(before)  # type: ignore[arg-type]
+
     @torch.no_grad()
     def fill(
         self,
@@ -180,24 +171,25 @@ class TeacherLogits:
     ) -> None:
         """Let the teacher read what is missing of these windows, of all if None; `progress` gets how many are done.
 
-        Each window is kept as soon as it is computed: what interrupts costs one pass.
+        Each window is kept as soon as it is computed: what interrupts costs one pass. Of the logits no more than those
+        of a few positions are in memory at once, if the teacher's head is understood.
 
         Raises:
             WorkError: a logit is not finite, or the disk is full; the windows that are done are kept.
         """
-        wanted = self.missing() if numbers is None else [number for number in numbers if not self.has(number)]
+        wanted = self.missing(numbers)
         was_training = self._teacher.training
         self._teacher.eval()
+        found = find_head(self._teacher)
+        head = None if isinstance(found, str) else found
         try:
+            check_room("the teacher's logits", len(wanted) * (self.num_bytes // len(self)), self.path.parent)
             with self.path.open("r+b") as file:
                 for begin in range(0, len(wanted), windows_per_pass):
                     some = wanted[begin : begin + windows_per_pass]
                     ids = torch.stack([self._ids(number) for number in some]).to(self._teacher.device)
-                    logits = self._teacher(input_ids=ids, use_cache=False).logits[:, :-1]
-                    if not logits.isfinite().all():
-                        raise WorkError(f"the teacher's logits of windows {some} hold NaN or infinity")
-                    for number, each in zip(some, logits, strict=True):
-                        pieces = [top_logits(piece, self.k) for piece in each.split(_POSITIONS_AT_ONCE)]
+                    for number, given in zip(some, self._given(head, ids), strict=True):
+                        pieces = [self._top(head, piece, number) for piece in given[:-1].split(_POSITIONS_AT_ONCE)]
                         self._write(file, number, TopLogits(*map(torch.cat, zip(*pieces, strict=True))))
                     if progress is not None:
                         progress(begin + len(some), len(wanted))
@@ -206,6 +198,21 @@ class TeacherLogits:
             raise WorkError(f"{_unwritable(self.path.parent, error)}; the windows that are done are kept") from error
         finally:
             self._teacher.train(was_training)
+
+    def _given(self, head: Head | None, ids: Tensor) -> Tensor:
+        """What the teacher's head reads at ids (windows, length), or, where it is not understood, the logits."""
+        if head is None:
+            logits: Tensor = self._teacher(input_ids=ids, use_cache=False).logits
+            return logits
+        with without_logits(head) as read:
+            self._teacher(input_ids=ids, use_cache=False)
+        return read[0]
+
+    def _top(self, head: Head | None, given: Tensor, number: int) -> TopLogits:
+        logits = given if head is None else head.logits(given)
+        if not logits.isfinite().all():
+            raise WorkError(f"the teacher's logits of window {number} hold NaN or infinity")
+        return top_logits(logits, self.k, self.temperature)
 
     def _ids(self, number: int) -> Tensor:
         stream = max(i for i, start in enumerate(self._starts) if start <= number)
@@ -219,6 +226,7 @@ class TeacherLogits:
 
     def _write(self, file: Any, number: int, top: TopLogits) -> None:
         """The numbers of a window, and when they are in the file its CRC-32."""
+        top = top._replace(values=top.values.clamp(min=_LEAST))
         stored = tuple(
             getattr(top, name).cpu().numpy().astype(self._types[name][0]) for name in ("log_rest", "indices", "values")
         )
@@ -275,7 +283,7 @@ class TeacherLogits:
 
     def _key(self) -> str:
         def looked_at() -> Iterator[tuple[str, Any]]:
-            yield "settings", (FORMAT, self.length, self.k)
+            yield "settings", (FORMAT, self.length, self.k, self.temperature)
             config = self._teacher.config.to_dict()
             yield (
                 "configuration",
@@ -295,6 +303,27 @@ class TeacherLogits:
                 yield "tokens", stream.digest()
 
         return sha256(looked_at())
+
+
+class WithTeacher(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """The windows of a training, each with what the cache has of the teacher there; `top_of` finds it in a batch."""
+
+    def __init__(self, windows: Windows, cache: TeacherLogits) -> None:
+        self.windows, self.cache = windows, cache
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        top = self.cache.read([self.cache.number(*self.windows.place(index))])
+        return {**self.windows[index], **{_KEY + name: each[0] for name, each in top._asdict().items()}}
+
+
+def top_of(batch: Mapping[str, Tensor]) -> TopLogits | None:
+    """What a batch has of the teacher, (windows, length − 1, k) and (windows, length − 1), if it has anything."""
+    if _KEY + "values" not in batch:
+        return None
+    return TopLogits(*(batch[_KEY + name] for name in TopLogits._fields))
 
 
 def _check(stored: tuple[np.ndarray[Any, Any], ...]) -> int:

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,14 +17,29 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from kronpress.errors import WorkError
+from kronpress.healing.blocks import copy_weights_, is_sharded, split_state, whole_state
 from kronpress.healing.checkpoints import PARTIAL, keep_only, publish
 from kronpress.healing.chunks import Head, chunked_terms, without_logits
 from kronpress.healing.inner_states import TERMS, Places, States, captured, compared
-from kronpress.healing.losses import Divergence, forward_kl, jensen_shannon, logit_terms, reverse_kl
+from kronpress.healing.losses import Divergence, TopLogits, forward_kl, jensen_shannon, logit_terms, reverse_kl
+from kronpress.healing.optimizers import make_optimizer, parameter_groups
 from kronpress.healing.progress import HealingRow, MetricsFile, Progress, why_not_to_step
+from kronpress.healing.teacher_logits import top_of
+from kronpress.processes import (
+    any_of,
+    is_main,
+    not_finite,
+    num_processes,
+    process_number,
+    summed,
+    wait_for_all,
+    whole,
+)
 from kronpress.recipe import Healing
+from kronpress.tokens.order import share
 
 # What a training checkpoint has beside what Trainer writes.
 PROGRESS = "progress.json"
@@ -64,7 +80,7 @@ def learning_rates(healing: Healing) -> list[float]:
 
 
 class _Steps(Sampler[list[int]]):
-    """The numbers of every step's windows, all phases after one another."""
+    """The numbers of this process's windows of every step, all phases after one another."""
 
     def __init__(self, healing: Healing) -> None:
         self.parts = healing.parts
@@ -76,14 +92,15 @@ class _Steps(Sampler[list[int]]):
         first = 0
         for part in self.parts:
             for _ in range(part.max_steps or 0):
-                yield list(range(first, first + part.sequences_per_step))
+                windows = range(first, first + part.sequences_per_step)
+                yield list(share(windows, process_number(), num_processes()))
                 first += part.sequences_per_step
 
 
 class _Counted(NamedTuple):
     """Which tokens of a pass count, of all but the first of each sequence, and how much their mean does.
 
-    A mean over the step is the mean over passes of `share` times the mean over the pass.
+    A mean over the step is the mean over all processes' passes of `share` times the mean over the pass.
     """
 
     tokens: Tensor  # (tokens,)
@@ -98,8 +115,19 @@ def _counted(counted: Tensor | None, sequences_per_pass: int, num_passes: int) -
     numbers = [int(each.sum()) for each in passes]
     for each, number in zip(passes, numbers, strict=True):
         each[0] |= number == 0  # a mean of nothing has no value, one of a single token that weighs 0 has
+    usual = max(1.0, summed([sum(numbers)])[0]) / num_processes() / counted[:, 1:].numel()
+    return [_Counted(each, number / len(each) / usual) for each, number in zip(passes, numbers, strict=True)]
+
+
+def _split(top: TopLogits | None, sequences_per_pass: int, num_passes: int) -> list[TopLogits | None]:
+    """What is kept of the teacher (sequences, sequence_length − 1, …) as that of each pass, (tokens, …)."""
+    if top is None:
+        return [None] * num_passes
     return [
-        _Counted(each, number * num_passes / max(1, sum(numbers))) for each, number in zip(passes, numbers, strict=True)
+        TopLogits(*parts)
+        for parts in zip(
+            *([part.flatten(0, 1) for part in each.split(sequences_per_pass)] for each in top), strict=True
+        )
     ]
 
 
@@ -120,6 +148,7 @@ class HealingTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        original: PreTrainedModel,
         teacher: PreTrainedModel | None,
         healing: Healing,
         places: tuple[Places, Places],
@@ -133,6 +162,7 @@ class HealingTrainer(Trainer):
     ) -> None:
         """Args not of Trainer:
 
+        original: the model, or where that is split over the processes the one that it is a copy of.
         progress: what is known so far, which grows.
         validation: the sequences (sequences, sequence_length) on which the model is measured where it is saved, if any.
         metrics, report: who gets each row.
@@ -147,6 +177,9 @@ class HealingTrainer(Trainer):
         self.metrics, self.report, self.messages = metrics, report, messages
         self.is_to_stop = False  # as soon as this step is done and saved
         self.first_step, self.started = 0, time.monotonic()
+        assert self.model is not None
+        self.original, self.student = original, self.model
+        self._student_forward = self.student.forward
         self._step_terms: dict[str, float] = {}
         self._partial: Path | None = None
         per_step = [part.tokens_per_step for part in healing.parts for _ in range(part.max_steps or 0)]
@@ -154,10 +187,9 @@ class HealingTrainer(Trainer):
         self.add_callback(_Flow(self))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        # Not prepared by accelerate, which would give each process whole steps of its own.
         steps = _Steps(self.healing)
-        return self.accelerator.prepare(
-            DataLoader(self.train_dataset, batch_sampler=steps, pin_memory=self.args.dataloader_pin_memory)  # type: ignore[arg-type]
-        )
+        return DataLoader(self.train_dataset, batch_sampler=steps, pin_memory=self.args.dataloader_pin_memory)  # type: ignore[arg-type]
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -171,8 +203,13 @@ class HealingTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = parameter_groups(model, self.healing, self.args.learning_rate)
+            _, of_adamw = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = make_optimizer(self.healing.optimizer, groups, **of_adamw)
+        return self.optimizer
 
     # ---- a step ----
 
@@ -183,20 +220,24 @@ class HealingTrainer(Trainer):
         ids = inputs["input_ids"]
         per_pass = self.healing.sequences_per_pass or len(ids)
         passes = ids.split(per_pass)
+        all_counted = _counted(inputs.get("counted"), per_pass, len(passes))
+        tops = _split(top_of(inputs), per_pass, len(passes))
         sums: dict[str, Tensor] = {}
-        for sequences, counted in zip(passes, _counted(inputs.get("counted"), per_pass, len(passes)), strict=True):
-            with self.compute_loss_context_manager():
-                loss, means = self._loss(model, sequences, counted)
-            self.accelerator.backward(loss / len(passes))
+        for number, (sequences, counted, top) in enumerate(zip(passes, all_counted, tops, strict=True), start=1):
+            # Gradients go from process to process once a step.
+            with nullcontext() if number == len(passes) else self._without_exchange(model):
+                loss, means = model(sequences, counted, top)
+                smaller = len(ids) / len(sequences)
+                self.accelerator.backward(loss / smaller)
             for column, value in {"loss": loss, **means}.items():
-                sums[column] = sums.get(column, 0.0) + value.detach().float() / len(passes)
+                sums[column] = sums.get(column, 0.0) + value.detach().float() / smaller
         # One transfer from the device for all terms; all processes judge the step by the same numbers.
         values = self.accelerator.reduce(torch.stack(list(sums.values())), "mean").tolist()
         self._step_terms = dict(zip(sums, values, strict=True))
         return torch.zeros((), device=ids.device)  # what Trainer itself would log
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+        norm = whole(super()._clip_grad_norm(model))
         wrong = why_not_to_step(
             self._step_terms["loss"], float(norm), self.progress.recent_losses, self.healing.spike_factor
         )
@@ -214,32 +255,84 @@ class HealingTrainer(Trainer):
             )
         return torch.zeros_like(norm)
 
-    def _loss(self, model: nn.Module, ids: Tensor, counted: _Counted | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss over the sequences ids (sequences, sequence_length), and its terms by their columns."""
+    @contextmanager
+    def loss_as_forward(self) -> Iterator[None]:
+        """Inside the block a call of the student is one of `_loss`.
+
+        What wraps the student for several processes gathers weights before such a call and exchanges gradients after
+        its backward pass, and so has to see every use of a weight, the head's on chunks of tokens too.
+        """
+
+        def forward(*args: Any, **kwargs: Any) -> Any:  # a method would be taken for the student's own
+            with self.accelerator.autocast():
+                return self._loss(*args, **kwargs)
+
+        own = vars(self.student).get("forward")
+        self.student.forward = forward
+        if is_sharded(self.student):
+            vars(self.student)["_is_accelerate_prepared"] = True  # which wraps nothing around it then
+        try:
+            yield
+        finally:
+            # Trainer leaves behind mixed precision wrapped around it.
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                vars(self.student).pop(name, None)
+            if own is not None:
+                self.student.forward = own
+
+    @contextmanager
+    def _without_exchange(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block gradients are added up in this process alone."""
+        if not is_sharded(model):
+            with self.accelerator.no_sync(model):
+                yield
+            return
+        model.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+    def _loss(
+        self,
+        ids: Tensor,
+        counted: _Counted | None = None,
+        top: TopLogits | None = None,
+        validates: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss over the sequences ids (sequences, sequence_length), and its terms by their columns.
+
+        Args:
+            top: what is kept of the teacher at these sequences, instead of the teacher.
+            validates: of the language model alone.
+        """
+        if validates:
+            student = self._pass(self._student_forward, self.head, {}, ids)
+            return self._logits_loss(student, None, ids[:, 1:].flatten(), dict.fromkeys(COLUMNS.values(), 0.0))
         by_name = self.healing.weights_at(self.state.global_step / max(1, self.state.max_steps - 1))
         weights = {column: by_name[name] for name, column in COLUMNS.items()}
-        student = self._pass(model, self.head, self.places, ids)
+        student = self._pass(self._student_forward, self.head, self.places, ids)
         teacher = None
         if self.teacher is not None:
             self.teacher.eval()
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad():
                 teacher = self._pass(self.teacher, self.teacher_head, self.teacher_places, ids)
         targets = ids[:, 1:].flatten()
         if counted is not None:
             targets = targets[counted.tokens]
             student = student._replace(given=student.given[counted.tokens])
             teacher = None if teacher is None else teacher._replace(given=teacher.given[counted.tokens])
-        with self.accelerator.autocast():
-            loss, means = self._logits_loss(student, teacher, targets, weights)
+            top = None if top is None else TopLogits(*(each[counted.tokens] for each in top))
+        loss, means = self._logits_loss(student, teacher if top is None else top, targets, weights)
         if counted is not None:
             loss, means = counted.share * loss, {name: counted.share * mean for name, mean in means.items()}
         for name in student.states:
             assert teacher is not None
             means[TERMS[name].column] = compared(name, student.states, teacher.states)
             loss = loss + weights[TERMS[name].column] * means[TERMS[name].column]
-        return loss, means
+        return loss, {name: mean.detach() for name, mean in means.items()}
 
-    def _pass(self, model: nn.Module, head: Head | None, places: Places, ids: Tensor) -> _Pass:
+    def _pass(self, model: Callable[..., Any], head: Head | None, places: Places, ids: Tensor) -> _Pass:
         """Through the model, up to its head if that is known, and through the head if it is not."""
         with captured(places) as states:
             if head is None:
@@ -251,40 +344,44 @@ class HealingTrainer(Trainer):
         return _Pass(given[:, :-1].flatten(0, 1), states)
 
     def _logits_loss(
-        self, student: _Pass, teacher: _Pass | None, targets: Tensor, weights: dict[str, float]
+        self, student: _Pass, teacher: _Pass | TopLogits | None, targets: Tensor, weights: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the terms of the logits, and these terms."""
+        compared_with: tuple[Head, Tensor] | TopLogits | None = None
         if self.head is not None:
-            compared_with = None
-            if teacher is not None and self.divergences:
+            if isinstance(teacher, TopLogits):
+                compared_with = teacher
+            elif teacher is not None and self.divergences:
                 assert self.teacher_head is not None
                 compared_with = self.teacher_head, teacher.given
             return chunked_terms(
                 self.head, student.given, compared_with, targets, self._terms, weights, self.healing.chunk_tokens
             )
-        terms = self._terms(student.given, None if teacher is None else teacher.given, targets)
+        terms = self._terms(student.given, teacher.given if isinstance(teacher, _Pass) else teacher, targets)
         means = {name: term.mean() for name, term in terms.items()}
         return torch.stack([weights[name] * mean for name, mean in means.items()]).sum(), means
 
-    def _terms(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
+    def _terms(self, student: Tensor, teacher: Tensor | TopLogits | None, targets: Tensor) -> dict[str, Tensor]:
         healing = self.healing
         return logit_terms(student, teacher, targets, self.divergences, healing.temperature, healing.distillation_top_k)
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The mean loss of a token of the validation text."""
+        """The mean loss of a token of the validation text, of which each process measures its share."""
         assert self.validation is not None
         model = self.model_wrapped
         model.eval()
-        total, num_tokens = 0.0, 0
-        for ids in self.validation.split(self.healing.sequences_per_pass or self.healing.sequences_per_step):
-            ids = ids.to(self.args.device, torch.int64)
-            student, targets = self._pass(model, self.head, {}, ids), ids[:, 1:].flatten()
-            with self.accelerator.autocast():
-                _, means = self._logits_loss(student, None, targets, dict.fromkeys(COLUMNS.values(), 0.0))
-            total += means["language_model_nats"].item() * len(targets)
-            num_tokens += len(targets)
-        return total / num_tokens
+        total, num_sequences = 0.0, 0.0
+        per_pass = self.healing.sequences_per_pass or self.healing.sequences_per_step // num_processes()
+        for each in self.validation.split(per_pass * num_processes()):
+            mine = share(range(len(each)), process_number(), num_processes())
+            # Every process makes as many passes as the others, since they may have to put weights together for it.
+            ids = each[list(mine)] if len(mine) else each[:1]
+            _, means = model(ids.to(self.args.device, torch.int64), validates=True)
+            total += means["language_model_nats"].item() * len(mine)
+            num_sequences += len(mine)
+        total, num_sequences = summed([total, num_sequences])
+        return total / num_sequences
 
     # ---- what is told ----
 
@@ -304,10 +401,7 @@ class HealingTrainer(Trainer):
         if row is None:
             return
         if self.metrics is not None:
-            try:
-                self.metrics.append(row)
-            except OSError as error:
-                raise WorkError(f"could not write {str(self.metrics.path)!r}: {error}") from error
+            self.metrics.append(row)
         super().log(row.model_dump(exclude_none=True, exclude={"step", "num_steps"}), start_time)
         if self.report is not None:
             self.report(row)
@@ -324,42 +418,72 @@ class HealingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint that a step has spoilt would push out the last good one.
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                raise WorkError(
-                    f"{name!r} holds NaN or infinity after step {self.state.global_step}: start anew with a lower rate"
-                )
+        spoilt = not_finite(self.student)
+        if spoilt is not None:
+            raise WorkError(
+                f"{spoilt!r} holds NaN or infinity after step {self.state.global_step}: start anew with a lower rate"
+            )
         folder, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
         self._partial = folder / PARTIAL
         try:
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
+            wait_for_all()
+            if is_main():
                 kept = self.progress.model_copy(update={"seconds": self.progress.seconds + self.seconds})
                 (self._partial / name / PROGRESS).write_text(kept.model_dump_json(), encoding="utf-8")
                 publish(self._partial / name, folder / name)
                 best = self.progress.best_step
                 keep_only(folder, self.healing.keep_checkpoints, [] if best is None else [best])
-            self.accelerator.wait_for_everyone()
+            wait_for_all()
         except (OSError, SafetensorError, RuntimeError) as error:  # torch raises the last on a full disk
-            raise WorkError(f"could not write the training {name} in {str(folder)!r}: {error}") from error
+            free = shutil.disk_usage(folder).free / 1e6  # torch does not say that there is no room
+            raise WorkError(
+                f"could not write the training {name} in {str(folder)!r}, where {free:,.1f} MB are free: {error}"
+            ) from error
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial = None
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not is_sharded(self.student):
+            return super().save_model(output_dir, _internal_call)
+        copy_weights_(self.original, self.student)
+        if is_main():
+            assert output_dir is not None
+            self.original.save_pretrained(output_dir)
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.student):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # As one process would write them, so that any number of processes can go on from there.
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        state = whole_state(self.optimizer.state_dict())
+        if is_main():
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        return None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not is_sharded(self.student):  # it has the checkpoint's weights since before it was split
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        assert self.optimizer is not None
+        if is_sharded(self.student):
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate puts one of its own around it
+            inner.register_load_state_dict_pre_hook(split_state)
+        assert self.lr_scheduler is not None
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         # Rate and decay of the next step are those asked for now, which may have changed since the checkpoint.
         rates = self.lr_scheduler.get_last_lr()
-        for number, (group, decay) in enumerate(zip(self.optimizer.param_groups, decays, strict=True)):
+        for number, group in enumerate(self.optimizer.param_groups):
             factor = self.lr_scheduler.lr_lambdas[number](self.lr_scheduler.last_epoch)
             rates[number] = group["lr"] = self.lr_scheduler.base_lrs[number] * factor
-            group["weight_decay"] = decay
+            group["weight_decay"] = self.healing.weight_decay * group["decay_multiplier"]
 
 
 class _Flow(TrainerCallback):
@@ -380,6 +504,6 @@ class _Flow(TrainerCallback):
         if trainer.validation is not None and (control.should_save or is_last):
             trainer.progress.validate_at(state.global_step, trainer.validate())
             control.should_log = True
-        if trainer.is_to_stop:
+        if any_of(trainer.is_to_stop):
             # Neither measured nor logged: the rows are to be those of a training that was not stopped.
             control.should_save = control.should_training_stop = True

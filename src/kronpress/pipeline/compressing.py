@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kronpress.calibration import Moments, calibrate, calibration_batches, moments_key
-from kronpress.checkpoint import LoadedModel
+from kronpress.checkpoint import LoadedModel, cast_parameters_
 from kronpress.compression import LayerReport, compress_
-from kronpress.plan import Plan
-from kronpress.planning import check_stages, make_plan
+from kronpress.families import FAMILIES
+from kronpress.healing import expected_memory
+from kronpress.healing.memory import TrainingMemory
+from kronpress.plan import Plan, owners_first, reduced_shapes, structured_plans
+from kronpress.planning import check_stages, make_plan, meta_model
+from kronpress.processes import from_main, num_processes
 from kronpress.recipe import Recipe
+from kronpress.reduction import put_empty_
+from kronpress.surgery import replace_by_matrix_, untie_
 
 # Tokens in memory at once while calibrating: GPT-2's logits of so many, and their gradients, take 0.4 GB.
 CALIBRATION_TOKENS = 1024
@@ -55,6 +63,33 @@ def calibrated(
     return Calibrated(known[keys[0]], batches)
 
 
+def agreed(plan: Plan) -> Plan:
+    """The main process's plan: where it follows from what was measured, others may have measured another last digit."""
+    return plan if num_processes() == 1 else Plan.model_validate_json(from_main(plan.model_dump_json))
+
+
+def planned_memory(config: PreTrainedConfig, plan: Plan, recipe: Recipe) -> TrainingMemory | None:
+    """What the last healing of the recipe would take on this machine, in float32; None if it has none.
+
+    Args:
+        plan: of the recipe's last stage.
+    """
+    healing = recipe.parts[-1].healing
+    if (healing.max_steps is None and healing.tokens is None) or healing.num_steps == 0:
+        return None
+    student, teacher = meta_model(config), meta_model(config)
+    assert isinstance(student, PreTrainedModel)
+    assert isinstance(teacher, PreTrainedModel)
+    if any(part.rotation for part in recipe.parts):
+        untie_(student, FAMILIES[config.model_type].embedding)
+    put_empty_(student, reduced_shapes(plan.layers))
+    for name, layer in owners_first(structured_plans(plan.layers)).items():
+        replace_by_matrix_(student, name, layer.empty_matrix(torch.float32), layer.heads, layer.shared_with)
+    for model in (student, teacher):
+        cast_parameters_(model, torch.float32)
+    return expected_memory(student, teacher, healing)
+
+
 def compress_loaded_(
     loaded: LoadedModel,
     plan: Plan,
@@ -83,7 +118,7 @@ def compress_stages_(
     layers: dict[str, LayerReport] = {}
     for part in recipe.parts:
         data = calibrated(part, loaded, message)
-        plan = make_plan(loaded.model, part, data.moments, before=plan)
+        plan = agreed(make_plan(loaded.model, part, data.moments, before=plan))
         layers |= compress_loaded_(loaded, plan, data, progress, message)
     assert plan is not None
     return plan, layers

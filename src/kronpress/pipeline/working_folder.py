@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kronpress.errors import RequestError
+from kronpress.healing.blockwise import has_blocks
 from kronpress.healing.checkpoints import (
     OLD,
     checkpoint_step,
@@ -108,7 +109,8 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
 def is_begun(work: Path) -> bool:
     """Whether there is anything in `work` to go on from."""
-    return any(work.glob(f"stage-*/{STAGE_NOTE}")) or any(map(checkpoints, [work, *work.glob("stage-*")]))
+    folders = [work, *work.glob("stage-*")]
+    return any(work.glob(f"stage-*/{STAGE_NOTE}")) or any(map(checkpoints, folders)) or any(map(has_blocks, folders))
 
 
 def _steps_done(work: Path) -> int | None:
@@ -117,7 +119,8 @@ def _steps_done(work: Path) -> int | None:
     current = [newest_checkpoint(folder) for folder in (work, work / f"stage-{len(finished) + 1}")]
     steps = [stage["healing"]["num_steps"] for stage in finished]
     steps += [checkpoint_step(checkpoint) for checkpoint in current if checkpoint is not None]
-    return sum(steps) if steps else None
+    # Blocks that were reconstructed are no steps of the healing.
+    return sum(steps) if steps or any(map(has_blocks, [work, *work.glob("stage-*")])) else None
 
 
 def note_resumption(work: Path) -> list[int]:

@@ -9,20 +9,33 @@ from kronpress.recipe.loading import (
     read_recipe,
     recipe_names,
 )
-from kronpress.recipe.recipe import AUTO, Recipe
-from kronpress.recipe.sections import Budget, Calibration, Evaluation, Healing, Phase, WeightedSet, Weighting
+from kronpress.recipe.recipe import AUTO, REDUCED, Recipe
+from kronpress.recipe.sections import (
+    Budget,
+    Calibration,
+    Evaluation,
+    Healing,
+    Phase,
+    Reconstruction,
+    Similarity,
+    WeightedSet,
+    Weighting,
+)
 
 __all__ = [
     "AUTO",
     "POCKET",
     "POCKET_DEFAULTS",
     "RECIPES",
+    "REDUCED",
     "Budget",
     "Calibration",
     "Evaluation",
     "Healing",
     "Phase",
     "Recipe",
+    "Reconstruction",
+    "Similarity",
     "WeightedSet",
     "Weighting",
     "dump_recipe",

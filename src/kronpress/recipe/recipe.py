@@ -11,9 +11,19 @@ from pydantic.fields import FieldInfo
 from kronpress.errors import RequestError, unknown_name
 from kronpress.matrices import STRUCTURES
 from kronpress.recipe.fields import checked_values, explain, merge
-from kronpress.recipe.sections import Budget, Calibration, Evaluation, Healing, Section, Weighting
+from kronpress.recipe.sections import (
+    Budget,
+    Calibration,
+    Evaluation,
+    Healing,
+    Reconstruction,
+    Section,
+    Similarity,
+    Weighting,
+)
 
 AUTO = "auto"
+REDUCED = "reduced"
 SHARE = "share"
 # What a stage may have of its own.
 STAGE_FIELDS = (
@@ -22,6 +32,7 @@ STAGE_FIELDS = (
     "structure",
     "candidates",
     "allocation",
+    "similarity",
     "flops_not_above_dense",
     "spec",
     "fit",
@@ -30,6 +41,7 @@ STAGE_FIELDS = (
     "weighting",
     "folding",
     "rotation",
+    "reconstruction",
     "healing",
 )
 # Fields of the healing that stages share.
@@ -56,12 +68,17 @@ class Recipe(Section):
         "table as a weight of its own, which is counted",
     )
     structure: str = Field(
-        "kronecker", description=f"one of {', '.join(STRUCTURES)}, or `auto`: for each matrix one of `candidates`"
+        "kronecker",
+        description=f"one of {', '.join(STRUCTURES)}; `{AUTO}`: for each matrix one of `candidates`; or `{REDUCED}`: "
+        "dense matrices with fewer hidden units, and fewer channels in each head, between them",
     )
     candidates: list[str] = Field(["low_rank", "kronecker"], description="the structures that `auto` chooses from")
-    allocation: Literal["uniform", "measured"] = Field(
-        "uniform", description="the same fraction of each matrix, or what costs the least loss by the calibration"
+    allocation: Literal["uniform", "measured", "similarity"] = Field(
+        "uniform",
+        description="the same fraction of each matrix; what costs the least loss by the calibration; or, of a "
+        f"{REDUCED} structure, most from the blocks whose outputs are most like their inputs",
     )
+    similarity: Similarity = Field(default_factory=Similarity)
     flops_not_above_dense: bool = Field(
         False, description="measured allocation: no candidate that needs more FLOPs than the dense matrix"
     )
@@ -80,6 +97,7 @@ class Recipe(Section):
     budget: Budget = Field(default_factory=Budget)
     calibration: Calibration = Field(default_factory=Calibration)
     weighting: Weighting = Field(default_factory=Weighting)
+    reconstruction: Reconstruction = Field(default_factory=Reconstruction)
     healing: Healing = Field(default_factory=Healing)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     stages: list[dict[str, Any]] = Field(
@@ -104,8 +122,13 @@ class Recipe(Section):
                         f"recipe field {section}: structure {AUTO} chooses it; given {fields[section]!r}"
                     )
             return fields
+        if structure == REDUCED:
+            for section in ("spec", "fit"):
+                if fields.get(section):
+                    raise RequestError(f"recipe field {section}: there is none of structure {REDUCED}")
+            return fields
         if structure not in STRUCTURES:
-            raise unknown_name("structure", str(structure), [*STRUCTURES, AUTO])
+            raise unknown_name("structure", str(structure), [*STRUCTURES, AUTO, REDUCED])
         spec = checked_values("spec", f"size of {structure}", fields.get("spec", {}), _size_fields(structure))
         options = STRUCTURES[structure].Options
         fit = checked_values("fit", f"fit option of {structure}", fields.get("fit", {}), options.model_fields)
@@ -120,6 +143,13 @@ class Recipe(Section):
         for name in self.candidates:
             if name not in STRUCTURES:
                 raise unknown_name("structure", name, STRUCTURES)
+        if self.structure == AUTO and len(self.candidates) > 1:
+            for name in self.candidates:
+                if STRUCTURES[name].shared_factors:
+                    raise ValueError(
+                        f"candidates: {name} is chosen for several matrices at once and the others for one: leave one "
+                        f"or the other out; structure {name} with allocation: measured gives each group its own size"
+                    )
         if self.rotation and self.weighting.metric == "magnitude":
             raise ValueError("rotation: the metric magnitude is one of single coordinates: use none, input or loss")
         if self.structure == AUTO and self.allocation != "measured":
@@ -130,6 +160,23 @@ class Recipe(Section):
             raise ValueError("allocation: measured chooses the sizes itself: leave out spec and fit")
         if self.flops_not_above_dense and self.allocation != "measured":
             raise ValueError("flops_not_above_dense needs allocation: measured")
+        if self.allocation == "similarity" and self.structure != REDUCED:
+            raise ValueError(f"allocation: similarity is one of whole blocks, for structure {REDUCED}")
+        return self
+
+    @model_validator(mode="after")
+    def _reduced(self) -> Recipe:
+        if self.structure != REDUCED:
+            return self
+        if self.allocation == "measured":
+            raise ValueError(f"structure {REDUCED}: its allocation is uniform or similarity")
+        if self.weighting.metric != "input":
+            raise ValueError(f"structure {REDUCED} is fitted to inputs alone: set weighting.metric: input")
+        for field, value in (("folding", self.folding), ("rotation", self.rotation)):
+            if value:
+                raise ValueError(f"{field}: matrices of structure {REDUCED} gain nothing by it")
+        if self.weighting.sequential:
+            raise ValueError(f"weighting.sequential: layers of structure {REDUCED} are fitted in pairs, not in turn")
         return self
 
     @model_validator(mode="after")
@@ -228,7 +275,7 @@ class Recipe(Section):
     @property
     def has_fixed_sizes(self) -> bool:
         """Whether `spec` leaves nothing for a budget to choose."""
-        if self.structure == AUTO:
+        if self.structure in (AUTO, REDUCED):
             return False
         return STRUCTURES[self.structure].has_fixed_sizes(self.spec)
 

@@ -1,4 +1,4 @@
-"""The sections of a recipe: budget, calibration, weighting, healing and evaluation, each a frozen value."""
+"""The sections of a recipe, from budget and calibration to healing and evaluation, each a frozen value."""
 
 from __future__ import annotations
 
@@ -88,6 +88,45 @@ class Weighting(Section):
         return self
 
 
+class Similarity(Section):
+    """How much is removed from each block: φ ∝ exp(−s / ε), s = 1 − E cos(h, h′) of its input and output (MoDeGPT)."""
+
+    temperature: PositiveFloat = Field(1.0, description="ε: the higher, the more equal are the blocks")
+    most_removed: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.8, description="largest fraction of a block's targeted parameters that is removed"
+    )
+
+
+class Reconstruction(Section):
+    """Before the healing each block learns alone to give what the teacher's block gives; left out at 0 steps."""
+
+    steps: NonNegativeInt = Field(0, description="optimiser steps of each block; 0 leaves the reconstruction out")
+    windows: PositiveInt = Field(
+        64, description="the healing's first sequences, this many, whose hidden states are kept, one block at a time"
+    )
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.125,
+        description="least fraction of the windows that is kept apart; a block that is no better on them keeps its "
+        "weights",
+    )
+    sequences_per_step: PositiveInt = Field(4, description="sequences in one optimiser step")
+    learning_rate: PositiveFloat = Field(1e-3, description="peak rate of AdamW")
+    final_learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="rate at the end of the cosine, as a fraction of the peak"
+    )
+    warmup_steps: NonNegativeInt = Field(
+        0, description="steps of linear rise to the peak rate, at most half of all steps"
+    )
+    student_inputs: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        description="fraction of the steps in which a block reads what the student's blocks before it give, and not "
+        "what the teacher's do",
+    )
+    trains: Literal["all", "factors"] = Field(
+        "all", description="`all`: every parameter of the block; `factors`: those of the layers that were replaced"
+    )
+
+
 class Phase(Section):
     """One part of a healing, with its share of all tokens; what is unset is as in the healing itself."""
 
@@ -122,7 +161,7 @@ class Healing(Section):
         None, description="sequences in memory at once, gradients summed over passes; all of a step's if unset"
     )
     sequence_length: PositiveInt = Field(1024, description="tokens in one sequence")
-    learning_rate: PositiveFloat = Field(6e-5, description="peak rate of AdamW")
+    learning_rate: PositiveFloat = Field(6e-5, description="peak rate")
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="rate at the end of the cosine, as a fraction of the peak"
     )
@@ -133,6 +172,16 @@ class Healing(Section):
         [], description="parts with a schedule of their own, each with a warm-up and a cosine; one part if empty"
     )
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled decay of all matrices")
+    rates: Literal["global", "movement"] = Field(
+        "global",
+        description="`global`: one rate for every parameter; `movement`: each factor has a rate of its own, fixed at "
+        "the start, by which the product moves in a step as a dense weight would, and decays as one",
+    )
+    optimizer: Literal["adamw", "adamw-bfloat16", "adamw-8bit", "adafactor", "muon"] = Field(
+        "adamw",
+        description="`adamw`; `adamw-bfloat16` or, with torchao, `adamw-8bit` for moments of so many bits; "
+        "`adafactor`, with almost no state; `muon`, which orthogonalises the steps of matrices",
+    )
     language_model_weight: NonNegativeFloat = Field(1.0, description="weight of the next-token cross-entropy")
     distillation_weight: NonNegativeFloat = Field(0.0, description="weight of KL(teacher ‖ student) of the logits")
     reverse_distillation_weight: NonNegativeFloat = Field(
@@ -149,6 +198,11 @@ class Healing(Section):
         None,
         description="compare only the teacher's likeliest tokens, this many, and all others as one event; the whole "
         "vocabulary if unset",
+    )
+    teacher_cache: bool = Field(
+        False,
+        description="run the teacher once over the training text and keep on disk what the terms of the logits need of "
+        "it, in 16 bits: `distillation_top_k` tokens at each position",
     )
     embedding_weight: NonNegativeFloat = Field(
         0.0, description="weight of the mean squared difference from the teacher in what enters the first block"
@@ -167,8 +221,22 @@ class Healing(Section):
     )
     chunk_tokens: NonNegativeInt | None = Field(
         None,
-        description="tokens whose logits are in memory at once: as many as have 2^24 of them if unset, all of a pass's "
+        description="tokens whose logits are in memory at once: as many as have 2^23 of them if unset, all of a pass's "
         "if 0",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of products in the training; weights, gradients and optimiser stay in the dtype of the model. "
+        "`auto`: bfloat16 on GPUs that have it, and else float32",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep of each block only what it reads, and compute the block once more in the backward pass"
+    )
+    compile: bool = Field(False, description="compile the blocks of student and teacher for the training")
+    sharded: bool = Field(
+        False,
+        description="split weights, gradients and optimiser over the processes, block by block (FSDP); with one "
+        "process nothing is split",
     )
     save_steps: PositiveInt | None = Field(None, description="steps between training checkpoints; none if unset")
     keep_checkpoints: PositiveInt = Field(
@@ -214,6 +282,16 @@ class Healing(Section):
         for progress in (0, 1):
             if not any(self.weights_at(progress).values()):
                 raise ValueError(f"{', '.join(names)} are all 0: nothing to minimise")
+        if self.compile and self.teacher_weights["attention_weight"] > 0:
+            raise ValueError("attention_weight needs attention maps, and compiled blocks give none: unset compile")
+        if self.teacher_cache:
+            inside = ("embedding_weight", "attention_weight", "hidden_weight")
+            compared = [name for name, weight in self.teacher_weights.items() if weight > 0]
+            for name in compared:
+                if name in inside:
+                    raise ValueError(f"teacher_cache keeps logits alone, and {name} needs the teacher's inner states")
+            if not compared:
+                raise ValueError("teacher_cache is set, and no term compares with the teacher")
         for size in [self.sequences_per_step, *(phase.sequences_per_step for phase in self.phases)]:
             if size is not None and size % (self.sequences_per_pass or 1):
                 raise ValueError(f"sequences_per_pass {self.sequences_per_pass} does not divide {size}")
@@ -302,3 +380,4 @@ class Evaluation(Section):
     )
     stride: PositiveInt | None = Field(None, description="tokens from window to window; the window if unset")
     bos: bool | None = Field(None, description="begin with the tokenizer's BOS token; as the protocol has it if unset")
+    speed: bool = Field(True, description="also time each model's decoding for some seconds, beside the dense one")
