@@ -61,6 +61,12 @@ TINY_RECIPES: dict[str, dict[str, Any]] = {
         "structure": "low_rank",
         "budget": {"kept_of_targets": 0.5},
     },
+    "joint_rank": {
+        "name": "tiny-joint-rank",
+        "targets": "blocks",
+        "structure": "joint_rank",
+        "budget": {"kept_of_targets": 0.5},
+    },
     "permuted_kronecker": {
         "name": "tiny-permuted-kronecker",
         "targets": "blocks",

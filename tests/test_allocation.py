@@ -7,7 +7,7 @@ from itertools import product
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
 from kronpress import RequestError
 from kronpress.allocation import allocate
@@ -68,3 +68,34 @@ def test_all_the_budget_that_helps_is_used():
 def test_a_budget_below_the_smallest_is_refused():
     with pytest.raises(RequestError, match="leaves 2 parameters; the smallest candidates have 3"):
         allocate({"a": [1, 5], "b": [2]}, {"a": [0.0, 0.0], "b": [0.0]}, budget=2)
+
+
+@given(problem=problems(), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_known_choice_is_never_left_for_a_worse_one(problem, data):
+    sizes, costs, budget = problem
+    places = {name: data.draw(st.integers(0, len(each) - 1), label=name) for name, each in sizes.items()}
+    assume(sum(sizes[name][place] for name, place in places.items()) <= budget)
+    before, found = dict(places), allocate(sizes, costs, budget, known=places)
+    assert places == before
+    assert found.num_params == sum(sizes[name][index] for name, index in found.chosen.items()) <= budget
+    assert found.error <= float(sum(costs[name][place] for name, place in places.items()))
+    assert found.error <= allocate(sizes, costs, budget).error
+    assert found.lower_bound <= found.error + 1e-9
+
+
+@given(problem=problems(), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_more_candidates_are_worse_by_no_more_than_the_gap(problem, data):
+    sizes, costs, budget = problem
+    kept = {
+        name: data.draw(st.sets(st.integers(0, len(each) - 1), min_size=1), label=name) for name, each in sizes.items()
+    }
+    some_sizes, some_costs = ({n: [each[n][i] for i in sorted(kept[n])] for n in each} for each in (sizes, costs))
+    assume(sum(map(min, some_sizes.values())) <= budget)
+    fewer, more = allocate(some_sizes, some_costs, budget), allocate(sizes, costs, budget)
+    assert more.lower_bound <= fewer.error + 1e-9
+    assert more.error * (1 - more.gap) <= fewer.error + 1e-9
+    # With the choice from fewer in hand there is nothing to lose.
+    known = {name: sorted(kept[name])[index] for name, index in fewer.chosen.items()}
+    assert allocate(sizes, costs, budget, known).error <= fewer.error

@@ -154,15 +154,15 @@ def test_a_fit_that_fails_is_told_and_the_layers_before_it_stay(
     model = tiny_model("llama")
     plan = kp.make_plan(model, kp.load_recipe(RECIPES["mlp"]))
     replaced: list[str] = []
-    replace_layer_ = compression.replace_layer_
+    replace_layers_ = compression.replace_layers_
 
-    def fail_at_the_third(model: nn.Module, name: str, *more: Any) -> Any:
+    def fail_at_the_third(model: nn.Module, names: list[str], *more: Any) -> Any:
         if len(replaced) == 2:
-            raise kp.WorkError(f"{name}: no luck")
-        replaced.append(name)
-        return replace_layer_(model, name, *more)
+            raise kp.WorkError(f"{names[0]}: no luck")
+        replaced.extend(names)
+        return replace_layers_(model, names, *more)
 
-    monkeypatch.setattr(compression, "replace_layer_", fail_at_the_third)
+    monkeypatch.setattr(compression, "replace_layers_", fail_at_the_third)
     with pytest.raises(kp.WorkError, match="no luck"):
         kp.compress_(model, plan)
     assert [*structured_layers(model)] == replaced == plan.new_layers[:2]

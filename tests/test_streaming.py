@@ -217,13 +217,11 @@ def test_after_a_kill_the_same_request_goes_on_and_gives_the_same_files(
     assert len(first_state.splitlines()) == 1 + 3
 
     fitted: list[str] = []
-    from_dense = kp.matrices.Kronecker.from_dense.__func__
+    fit = kp.matrices.Kronecker.fit
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            kp.matrices.Kronecker,
-            "from_dense",
-            classmethod(lambda cls, *a, **k: (fitted.append("layer"), from_dense(cls, *a, **k))[1]),
+            kp.matrices.Kronecker, "fit", staticmethod(lambda *a, **k: (fitted.append("layer"), fit(*a, **k))[1])
         )
         assert streamed(source, recipe, out, max_shard_bytes=4000) == reports
     assert len(fitted) == len(reports) - 3

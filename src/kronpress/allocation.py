@@ -29,18 +29,25 @@ class Allocation:
         return max(0.0, (self.error - self.lower_bound) / self.error) if self.error > 0 else 0.0
 
 
-def allocate(num_params: Mapping[str, Sequence[int]], errors: Mapping[str, Sequence[float]], budget: int) -> Allocation:
+def allocate(
+    num_params: Mapping[str, Sequence[int]],
+    errors: Mapping[str, Sequence[float]],
+    budget: int,
+    known: Mapping[str, int] | None = None,
+) -> Allocation:
     """One candidate for each matrix, with the least sum of errors among those of at most `budget` parameters in all.
 
     For a price λ of a parameter every matrix takes its cheapest candidate, min error + λ·parameters; the highest total
     of these minima less λ·budget over all λ is a lower bound (weak duality). The choice at the lowest price that the
-    budget allows is then bettered, one matrix at a time, with what is left of the budget: the largest gain first.
+    budget allows is then bettered, one matrix at a time, with what is left of the budget: the largest gain first. So is
+    a choice that is `known`, and the better of both is taken: it is never worse than that.
 
     >>> allocate({"a": [1, 4], "b": [1, 3]}, {"a": [9.0, 0.0], "b": [5.0, 1.0]}, budget=5).chosen
     {'a': 1, 'b': 0}
 
     Args:
         num_params, errors: of each matrix's candidates, in the same order.
+        known: a choice within the budget.
 
     Raises:
         RequestError: even the smallest candidates have more than `budget` parameters.
@@ -73,8 +80,11 @@ def allocate(num_params: Mapping[str, Sequence[int]], errors: Mapping[str, Seque
     lower_bound = max(bound(0.0), bound(low), bound(high))
 
     chosen = cheapest(0.0) if total(cheapest(0.0), sizes) <= budget else cheapest(high)
-    _better_(chosen, sizes, costs, budget - int(total(chosen, sizes)))
-    return Allocation(chosen, int(total(chosen, sizes)), total(chosen, costs), lower_bound)
+    starts = [chosen] if known is None else [chosen, {name: known[name] for name in sizes}]
+    for start in starts:
+        _better_(start, sizes, costs, budget - int(total(start, sizes)))
+    best = min(starts, key=lambda start: total(start, costs))
+    return Allocation(best, int(total(best, sizes)), total(best, costs), lower_bound)
 
 
 def _better_(

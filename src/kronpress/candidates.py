@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import getattr_static
 from typing import Any
 
+from pydantic import BaseModel
 from torch import Tensor
 
 from kronpress.allocation import Allocation, allocate
-from kronpress.matrices import STRUCTURES
+from kronpress.matrices import STRUCTURES, StructuredMatrix
 from kronpress.matrices.metric import Metric
 
 DENSE = "dense"
 # How a candidate's rise is known: by a formula that may be far off, by a closer look, or by its fit.
 SCREENED, ESTIMATED, FITTED = "screened", "estimated", "fitted"
-# Closer looks at one matrix: after so many that did not settle it, what was only screened is given up. The most
-# promising come first, and at GPT-2's sizes a look takes seconds.
+# Closer looks at one matrix in one stage: after so many that did not settle it, what was only screened is given up.
+# The most promising come first, and at GPT-2's sizes a look takes seconds.
 MOST_LOOKS = 4
+# What specs call how many there are of their parts; all their other fields are sizes.
+COUNTS = ("num_terms", "rank", "count")
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,44 @@ def choose(
 ) -> Choice:
     """The allocation of `budget` parameters, with every chosen candidate's error measured by its fit.
 
-    What is chosen by the screening is estimated more closely, what is chosen by such an estimate is fitted, and the
-    choice is made anew with what was found, until all that is chosen was fitted. After MOST_LOOKS estimates for one
-    matrix its other screened candidates are dropped.
+    Structures are taken in one after the other, in the order in which the tables have them. The choice from those so
+    far stands until a better one is found, by fits on both sides: one structure more at the end of the list never makes
+    it worse.
 
     Args:
+        candidates: of each matrix; there is one matrix at least.
         problem: gives a matrix's weight (out_features, in_features) in float64 and its metric, by its name.
 
     Raises:
         RequestError: even the smallest candidates have more parameters.
+    """
+    structures = list(dict.fromkeys(each.structure for table in candidates.values() for each in table))
+    tables: dict[str, list[Candidate]] = {name: [] for name in candidates}
+    choice = None
+    for structure in structures:
+        tables = {
+            name: [*tables[name], *(each for each in table if each.structure == structure)]
+            for name, table in candidates.items()
+        }
+        smallest = [min((each.num_params for each in table), default=budget + 1) for table in tables.values()]
+        if sum(smallest) <= budget or structure == structures[-1]:
+            choice = _settled(tables, problem, budget, choice)
+            tables = choice.candidates
+    assert choice is not None
+    return choice
+
+
+def _settled(
+    candidates: Mapping[str, list[Candidate]],
+    problem: Callable[[str], tuple[Tensor, Metric]],
+    budget: int,
+    known: Choice | None,
+) -> Choice:
+    """The choice from these tables, never worse than what is `known`, a choice from a part of each.
+
+    What is chosen by the screening is estimated more closely, what is chosen by such an estimate is fitted, and the
+    choice is made anew with what was found, until all that is chosen was fitted. After MOST_LOOKS estimates for one
+    matrix its other screened candidates are dropped.
     """
     tables = {name: list(each) for name, each in candidates.items()}
     looks = Counter[str]()
@@ -103,6 +136,8 @@ def choose(
             {name: [each.num_params for each in table] for name, table in tables.items()},
             {name: [each.rise for each in table] for name, table in tables.items()},
             budget,
+            # All of it was fitted: it stays in the tables as it is.
+            None if known is None else {name: tables[name].index(each) for name, each in known.chosen.items()},
         )
         chosen = {name: tables[name][index] for name, index in allocation.chosen.items()}
         if all(each.evidence == FITTED for each in chosen.values()):
@@ -118,7 +153,9 @@ def choose(
 def _looked_at(candidate: Candidate, table: list[Candidate], weight: Tensor, metric: Metric) -> list[Candidate]:
     """The table with one candidate known better, and others of its kind corrected by what its rise was wrong by."""
     structure = STRUCTURES[candidate.structure]
-    if candidate.evidence == SCREENED:
+    # What a structure has where it gives no estimate of its own is its fit.
+    has_estimate = getattr_static(structure, "estimate") is not getattr_static(StructuredMatrix, "estimate")
+    if candidate.evidence == SCREENED and has_estimate:
         known = replace(candidate, rise=structure.estimate(weight, candidate.spec, metric) / 2, evidence=ESTIMATED)
     else:
         fitted = structure.expand(structure.fit(weight, candidate.spec, metric))
@@ -134,7 +171,12 @@ def _looked_at(candidate: Candidate, table: list[Candidate], weight: Tensor, met
     ]
 
 
-def _kind(candidate: Candidate) -> tuple[str, tuple[Any, ...]]:
+def _kind(candidate: Candidate) -> tuple[str, Any]:
     """The structure and all sizes that are not a mere count: those of a sum's terms, not how many there are."""
-    shapes = tuple(value for _, value in candidate.spec if isinstance(value, tuple))
-    return candidate.structure, shapes
+    return candidate.structure, _but_counts(candidate.spec)
+
+
+def _but_counts(size: Any) -> Any:
+    if isinstance(size, BaseModel):
+        return tuple(_but_counts(value) for name, value in size if name not in COUNTS)
+    return tuple(map(_but_counts, size)) if isinstance(size, tuple) else size

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,19 +38,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kronpress.errors import RequestError, WorkError
 from kronpress.families import GEOMETRIES
-from kronpress.matrices import StructuredMatrix
-from kronpress.plan import Plan
+from kronpress.plan import Plan, owners_first, reduced_shapes, structured_plans
 from kronpress.recipe import POCKET
+from kronpress.reduction import put_empty_, widen_
 from kronpress.surgery import replace_by_matrix_, replaceable_layers, structured_layers, to_dense_
 
 METHOD = "kronpress"
 # 2: a layer's plan has the options of its fit.
-FORMAT_VERSION = 2
+# 3: layers may share factors, or be dense ones of another size.
+FORMAT_VERSION = 3
 # Of a weights file, in its own header.
 CHECKSUM = "kronpress.sha256"
 # The code in the folder of a self-contained export.
@@ -95,30 +97,48 @@ class KronpressQuantizer(HfQuantizer):
         prefix = f"{model.base_model_prefix}."
         names = [*plan.layers, *(name.removeprefix(prefix) for name in plan.layers)]
         by_name = any(key.startswith(f"{name}.") for name in names for key in stored)
-        for name, layer_plan in plan.layers.items():
+        shapes = reduced_shapes(plan.layers)
+        local_names = _names_in(model, shapes)
+        put_empty_(model, {local_names[name]: shape for name, shape in shapes.items()})
+        for name, layer in self._reduced(model).items() if by_name else ():
+            _check_stored(dict(layer.named_parameters()), {name, f"{prefix}{name}"}, stored)
+        for name, layer_plan in owners_first(structured_plans(plan.layers)).items():
             # A base model (AutoModel) names its modules without the prefix that the head's model gives them.
             local = name if name in layers else name.removeprefix(prefix)
             if local not in layers:
                 raise WorkError(f"the checkpoint's plan names {name!r}, which {type(model).__name__} does not have")
             matrix = layer_plan.empty_matrix(layers[local].weight.dtype)  # type: ignore[arg-type]
+            others = matrix.shared_factors if layer_plan.shared_with is not None else ()
             if by_name:
-                _check_stored(matrix, {name, local}, stored)
+                _check_stored(matrix.factors, {name, local}, stored, others)
+            first = layer_plan.shared_with
+            if first is not None and local != name:
+                first = first.removeprefix(prefix)
             # A base model has no head.
-            replace_by_matrix_(model, local, matrix, [head for head in layer_plan.heads if head in layers])
+            replace_by_matrix_(model, local, matrix, [head for head in layer_plan.heads if head in layers], first)
         for path in checkpoint_files or []:
             check_checksum(Path(path))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for name, layer in structured_layers(model).items():
+        for name, layer in {**structured_layers(model), **self._reduced(model)}.items():
             for part, tensor in layer.named_parameters():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise WorkError(f"the checkpoint is damaged: {name}.{part} is missing from its weights")
         _treat_as_float_(model)
         return model
 
+    def _reduced(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The model's dense layers of another size."""
+        plan = Plan.model_validate(self.quantization_config.plan)  # type: ignore[attr-defined]
+        names = _names_in(model, reduced_shapes(plan.layers))
+        return {name: model.get_submodule(name) for name in names.values()}
+
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         to_dense_(model)
+        layers = Plan.model_validate(self.quantization_config.plan).layers  # type: ignore[attr-defined]
+        names = _names_in(model, reduced_shapes(layers))
+        widen_(model, {names[name]: (layers[name].out_features, layers[name].in_features) for name in names})
         return model
 
     def is_serializable(self) -> bool:
@@ -127,6 +147,15 @@ class KronpressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _names_in(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What the model calls its modules of these names: a base model has none of the prefix of the head's model."""
+    modules = dict(model.named_modules())
+    local = {name: name if name in modules else name.removeprefix(f"{model.base_model_prefix}.") for name in names}
+    if absent := [name for name, found in local.items() if found not in modules]:
+        raise WorkError(f"the checkpoint's plan names {absent[0]!r}, which {type(model).__name__} does not have")
+    return local
 
 
 def _stored_shapes(checkpoint_files: list[str]) -> dict[str, tuple[int, ...]]:
@@ -138,9 +167,13 @@ def _stored_shapes(checkpoint_files: list[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_stored(matrix: StructuredMatrix, names: set[str], stored: dict[str, tuple[int, ...]]) -> None:
-    """Refuse what transformers would only warn of, going on with random values."""
-    for part, tensor in matrix.factors.items():
+def _check_stored(
+    tensors: Mapping[str, Tensor], names: set[str], stored: Mapping[str, tuple[int, ...]], others: Collection[str] = ()
+) -> None:
+    """Refuse what transformers would only warn of, going on with random values; `others` stand elsewhere."""
+    for part, tensor in tensors.items():
+        if part in others:
+            continue
         keys = [f"{name}.{part}" for name in names if f"{name}.{part}" in stored]
         if not keys:
             raise WorkError(f"the checkpoint is damaged: {max(names, key=len)}.{part} is missing from its weights")
@@ -234,13 +267,18 @@ def attached_plan(model: nn.Module) -> Plan | None:
     return Plan.model_validate(config.plan) if isinstance(config, KronpressConfig) else None
 
 
+def is_compressed(model: nn.Module) -> bool:
+    """Whether the model has structured layers, or dense ones of another size."""
+    return bool(structured_layers(model)) or attached_plan(model) is not None
+
+
 def to_dense(model: AnyModule) -> AnyModule:
     """A copy of a compressed model in which every layer is dense again; it loads in stock transformers.
 
     Raises:
         RequestError: the model has no structured layer.
     """
-    if not structured_layers(model):
+    if not is_compressed(model):
         raise RequestError("the model has no structured layer: it is dense already")
     dense = copy.deepcopy(model)
     if isinstance(dense, PreTrainedModel):
@@ -388,7 +426,7 @@ def write_model(
     if dtype is not None:
         cast_parameters_(model, dtype)
     model.save_pretrained(folder)
-    if structured_layers(model):
+    if is_compressed(model):
         for path in folder.glob("*.safetensors"):
             record_checksum_(path)
     if tokenizer is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,29 @@ from transformers import PreTrainedModel
 
 from kronpress.calibration import PairedMoments, SequentialInputs
 from kronpress.calibration.block_stream import block_prefix
-from kronpress.checkpoint import attach_plan_, attached_plan
+from kronpress.checkpoint import attach_plan_, attached_plan, is_compressed
 from kronpress.errors import RequestError, WorkError
 from kronpress.folding import Sizes, check_foldable, fold_, free_dimensions, permuted_moments, search_orders
+from kronpress.matrices import StructuredMatrix
 from kronpress.matrices.kronecker import Kronecker
 from kronpress.matrices.kronecker_in_metric import nearest_sum
 from kronpress.matrices.metric import Metric, as_metric
 from kronpress.matrices.moments import InputMoments
-from kronpress.plan import LayerPlan, Plan, kronecker_sums
+from kronpress.plan import LayerPlan, Plan, kronecker_sums, reduced_shapes
+from kronpress.processes import from_process, give_, num_processes, process_number
 from kronpress.recipe import Weighting
+from kronpress.reduction import blocks_of, fit_block, nearest_weights, put_block_
 from kronpress.rotation import rotated_
 from kronpress.surgery import (
     dense_weight,
     replace_by_matrix_,
     replaceable_layers,
+    stacked_weight,
     structured_layers,
     to_dense_,
     weight_shape,
 )
-from kronpress.weighting import WithoutHeads, is_centred, layer_metric, shrinkage, shrunk, unshrunk_metric
+from kronpress.weighting import WithoutHeads, is_centred, layer_metric, of_group, shrinkage, shrunk, unshrunk_metric
 
 # Relative to the mean second moment of the inputs.
 SEQUENTIAL_RIDGE = 1e-2
@@ -77,7 +82,8 @@ def compress_(
 
     Factors are computed in float64 and stored in the dtype and on the device of the weight they replace. All
     weights and moments are checked before the first layer is replaced, so that such a failure leaves the model as
-    it was. Biases are kept, or corrected by the mean output error if the plan's weighting says so.
+    it was. Biases are kept, or corrected by the mean output error if the plan's weighting says so. Where a launcher
+    has started several processes all of them call this; each fits its share of the layers, and all get all factors.
 
     Where a later step fails, or is interrupted, what was replaced stays, nothing being kept of the dense weights. The
     model then has a plan attached that says just this, with true totals, so that it can be saved and loaded or made
@@ -102,7 +108,7 @@ def compress_(
     batches = list(batches)
     if weighting.sequential and not batches:
         raise RequestError("the plan is sequential: compress_ needs the calibration's batches of tokens")
-    if (plan.stage > 1) != bool(structured_layers(model)):
+    if (plan.stage > 1) != is_compressed(model):
         given = "has been compressed already" if plan.stage == 1 else "is dense"
         raise RequestError(f"the plan is stage {plan.stage}, of another model: this one {given}")
     check_shapes(layers, plan)
@@ -115,6 +121,7 @@ def compress_(
     moments = without_lost_heads(plan, moments)
     try:
         reports = _carried_out(model, plan, progress, moments, batches, messages)
+        give_(model.state_dict().values())
     except BaseException:  # an interruption too
         _attach_what_was_done_(model, plan)
         raise
@@ -132,7 +139,8 @@ def initialise_(model: nn.Module, plan: Plan) -> None:
         RequestError: the plan is of another model.
     """
     check_shapes(replaceable_layers(model), plan)
-    for name in plan.new_layers:
+    stds_of: dict[str, dict[str, float]] = {}
+    for name in chain(*plan.new_groups):
         weight, layer_plan = dense_weight(model.get_submodule(name)).detach(), plan.layers[name]
         sizes = layer_plan.out_features, layer_plan.in_features, layer_plan.spec
         matrix = layer_plan.matrix_class(*sizes, weight.dtype, weight.device, layer_plan.options)
@@ -143,7 +151,13 @@ def initialise_(model: nn.Module, plan: Plan) -> None:
         with torch.no_grad():
             for part, factor in matrix.named_parameters():
                 factor.mul_(wanted[part] / drawn[part])
-        replace_by_matrix_(model, name, matrix, layer_plan.heads)
+        if layer_plan.shared_with is not None:  # whose shared factors have the size that is right for its own
+            of_first = stds_of[layer_plan.shared_with]
+            matrix.get_parameter("weight").data *= math.prod(
+                wanted[part] / of_first[part] for part in matrix.shared_factors
+            )
+        stds_of[name] = wanted
+        replace_by_matrix_(model, name, matrix, layer_plan.heads, layer_plan.shared_with)
     attach_plan_(model, plan)
 
 
@@ -163,22 +177,119 @@ def _carried_out(
     if plan.folding:
         messages(f"looking for orders of units to fold: {', '.join(plan.folding)}")
         moments = _fold_(model, plan, moments)
-    reports = {}
+    reports: dict[str, LayerReport] = {}
+    if reduced_shapes(plan.layers).keys() & plan.new_layers:
+        return _reduce_(model, plan, moments or {}, progress)
+    if num_processes() > 1 and not plan.weighting.sequential:
+        if plan.rotation or plan.folding:
+            give_(model.state_dict().values())
+        return _fitted_together(model, plan, progress, moments)
     with ExitStack() as undo:
         sequential = None
         if plan.weighting.sequential:
             folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
             sequential = undo.enter_context(SequentialInputs(model, batches, folder))
-        for done, name in enumerate(plan.new_layers):
+        for names in plan.new_groups:
             if progress is not None:
-                progress(name, done, len(plan.new_layers))
-            reports[name] = replace_layer_(model, name, plan, moments, sequential)
+                progress(names[0], len(reports), len(plan.new_layers))
+            reports |= replace_layers_(model, names, plan, moments, sequential)
     return reports
+
+
+def _fitted_together(
+    model: nn.Module,
+    plan: Plan,
+    progress: Callable[[str, int, int], None] | None,
+    moments: Mapping[str, InputMoments] | None,
+) -> dict[str, LayerReport]:
+    """Replace all layers, each fitted by one process, which gives its factors to the others."""
+    owners = _owners(plan, num_processes())
+    own = [names for names in plan.new_groups if owners[names[0]] == process_number()]
+    fitted: dict[str, tuple[StructuredMatrix, LayerReport]] = {}
+    failure: Exception | None = None
+    try:
+        for names in own:
+            if progress is not None:
+                progress(names[0], len(fitted), sum(map(len, own)))
+            fitted |= _fit_layers(model, names, plan, moments)
+    except Exception as error:  # the others are told when they come to the layer
+        failure = error
+
+    def report_of(name: str) -> Any:
+        if name not in fitted:
+            assert failure is not None
+            raise failure
+        return fitted[name][1].model_dump()
+
+    reports = {}
+    for name in chain(*plan.new_groups):
+        layer, layer_plan = model.get_submodule(name), plan.layers[name]
+        reports[name] = LayerReport.model_validate(from_process(owners[name], partial(report_of, name)))
+        if name in fitted:
+            matrix = fitted.pop(name)[0]
+        else:
+            weight = dense_weight(layer)
+            matrix = layer_plan.empty_matrix(weight.dtype).to_empty(device=weight.device)
+        bias = getattr(layer, "bias", None)
+        given = [*matrix.state_dict().values(), *([] if bias is None else [bias])]
+        give_(given, owners[name])
+        replace_by_matrix_(model, name, matrix, layer_plan.heads, layer_plan.shared_with)
+    return reports
+
+
+def _owners(plan: Plan, num_processes: int) -> dict[str, int]:
+    """Which process fits each layer: the largest first, each to the process that has the fewest entries so far.
+
+    Those of a group are one.
+    """
+    entries = [0] * num_processes
+    owners: dict[str, int] = {}
+    sizes = {tuple(names): sum(plan.layers[name].num_params_dense for name in names) for names in plan.new_groups}
+    for names in sorted(sizes, key=lambda names: -sizes[names]):
+        owner = entries.index(min(entries))
+        owners |= dict.fromkeys(names, owner)
+        entries[owner] += sizes[names]
+    return owners
+
+
+def _reduce_(
+    model: nn.Module,
+    plan: Plan,
+    moments: Mapping[str, InputMoments],
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, LayerReport]:
+    """Fit the planned blocks one by one and put their narrower layers into the model; the error of every layer."""
+    shapes = reduced_shapes({name: plan.layers[name] for name in plan.new_layers})
+    reports: dict[str, LayerReport] = {}
+    for block in blocks_of(model).values():
+        names = [name for name in block.layers.values() if name in shapes]
+        if not names:
+            continue
+        if progress is not None:
+            progress(block.prefix, len(reports), len(shapes))
+        widths = block.widths_of({name: shapes[name] for name in names})
+        reduced = fit_block(model, block, widths, moments, plan.weighting)
+        nearest = nearest_weights(block, reduced)
+        if not all(weight.isfinite().all() for weight in nearest.values()):
+            raise WorkError(f"the fit of {block.prefix} holds NaN or infinity")
+        for name in names:
+            layer = model.get_submodule(name)
+            metric = _dense_problem([layer], dense_weight(layer), plan.weighting, [moments[name]]).metric
+            reports[name] = _report(dense_weight(layer), nearest[name], plan.layers[name], metric)
+        put_block_(model, block, widths, reduced)
+    return {name: reports[name] for name in shapes}
+
+
+def _reduced_in(model: nn.Module, plan: Plan) -> list[str]:
+    """The layers that the plan reduces and that have the size which it gives them."""
+    layers = replaceable_layers(model)
+    shapes = reduced_shapes(plan.layers)
+    return [name for name, shape in shapes.items() if name in layers and weight_shape(layers[name]) == shape]
 
 
 def _attach_what_was_done_(model: nn.Module, plan: Plan) -> None:
     """Attach the plan of those layers that are structured now, to a model on which `plan` was not carried out whole."""
-    present, before = structured_layers(model), attached_plan(model)
+    present, before = {*structured_layers(model), *_reduced_in(model, plan)}, attached_plan(model)
     # Until it has replaced a layer, the model is what the stage before has left, but for what is made dense.
     done = plan if any(name in present for name in plan.new_layers) else before
     if not present and isinstance(model, PreTrainedModel) and before is not None:
@@ -265,29 +376,47 @@ def _fold_(
     return moments
 
 
-def replace_layer_(
+def replace_layers_(
     model: nn.Module,
-    name: str,
+    names: Sequence[str],
     plan: Plan,
     moments: Mapping[str, InputMoments] | None,
     sequential: SequentialInputs | None = None,
-) -> LayerReport:
-    """Fit one layer, and put the structured one in its place."""
-    layer, layer_plan, weighting = model.get_submodule(name), plan.layers[name], plan.weighting
-    weight = dense_weight(layer)
+) -> dict[str, LayerReport]:
+    """Fit one layer, or those of a group as one matrix, and put the structured ones in their places."""
+    fitted = _fit_layers(model, names, plan, moments, sequential)
+    for name, (matrix, _) in fitted.items():
+        replace_by_matrix_(model, name, matrix, plan.layers[name].heads, plan.layers[name].shared_with)
+    return {name: report for name, (_, report) in fitted.items()}
+
+
+def _fit_layers(
+    model: nn.Module,
+    names: Sequence[str],
+    plan: Plan,
+    moments: Mapping[str, InputMoments] | None,
+    sequential: SequentialInputs | None = None,
+) -> dict[str, tuple[StructuredMatrix, LayerReport]]:
+    """The matrices that are to replace a layer or a group; biases are corrected in place if the plan says so."""
+    layers, weighting, first = [model.get_submodule(name) for name in names], plan.weighting, plan.layers[names[0]]
+    weight = stacked_weight(layers)
     dense = problem = _Problem(weight)
     if moments is not None and weighting.metric != "none":
-        dense = problem = _dense_problem(layer, weighting, moments[name])
-    if sequential is not None and not layer_plan.is_embedding:
-        problem = _sequential_problem(dense, sequential.moments(name))
-    matrix = layer_plan.matrix_class.from_dense(
-        problem.target.to(weight.dtype), layer_plan.spec, problem.metric, layer_plan.options
-    )
-    approximation = matrix.to_dense().detach()
-    if problem.means is not None:
-        _correct_bias_(layer, weight, approximation, *problem.means)
-    replace_by_matrix_(model, name, matrix, layer_plan.heads)
-    return _report(weight, approximation, layer_plan, dense.metric)
+        dense = problem = _dense_problem(layers, weight, weighting, [moments[name] for name in names])
+    if sequential is not None and not first.is_embedding:
+        problem = _sequential_problem(dense, sequential.moments(names[0]))
+    parts = [first.matrix_class.fit(problem.target.to(weight.dtype), first.spec, problem.metric, first.options)]
+    if len(names) > 1:
+        parts = first.matrix_class.split(parts[0], [plan.layers[name].out_features for name in names])
+    fitted = {}
+    for name, layer, factors in zip(names, layers, parts, strict=True):
+        matrix, own = plan.layers[name].empty_matrix(weight.dtype), dense_weight(layer)
+        matrix.load_state_dict(factors, strict=True, assign=True)
+        approximation = matrix.to_dense().detach()
+        if problem.means is not None:
+            _correct_bias_(layer, own, approximation, *problem.means)
+        fitted[name] = matrix, _report(own, approximation, plan.layers[name], dense.metric)
+    return fitted
 
 
 @dataclass(frozen=True)
@@ -315,9 +444,11 @@ def check_moments(name: str, layer: nn.Module, weighting: Weighting, moments: Ma
         raise type(error)(f"{name}: {error}") from error
 
 
-def _dense_problem(layer: nn.Module, weighting: Weighting, moments: InputMoments) -> _Problem:
-    """Of the weight itself, on the inputs of the dense model."""
-    weight = dense_weight(layer)
+def _dense_problem(
+    layers: Sequence[nn.Module], weight: Tensor, weighting: Weighting, moments_of_each: Sequence[InputMoments]
+) -> _Problem:
+    """Of the weight itself, that of one layer or of a group, on the inputs of the dense model."""
+    layer, moments = of_group(layers, moments_of_each)
     metric = unshrunk_metric(layer, weight, moments, weighting)
     amount = shrinkage(weight, metric, moments, weighting)
     means = (moments.mean, moments.mean) if is_centred(layer, weighting) else None

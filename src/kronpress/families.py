@@ -7,6 +7,7 @@ expressions over its module names as targets.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from kronpress.errors import RequestError
 
 MLP_ROLES = ("gate", "up", "gate_up", "down")
 ATTENTION_ROLES = ("query", "key", "value", "qkv", "output")
+# Roles whose layers read one and the same input.
+SAME_INPUT = (("query", "key", "value"), ("gate", "up"))
 EMBEDDING = "embedding"
 TARGETS = {
     "mlp": MLP_ROLES,
@@ -28,12 +31,14 @@ TARGETS = {
 class Family:
     """`blocks` holds the transformer blocks by number; `roles` gives each linear layer's name inside a block.
 
-    `embedding` is that of the tokens.
+    `embedding` is that of the tokens. With `is_rotary` positions are put into queries and keys, by rotations of their
+    channels in pairs (i, i + d/2).
     """
 
     blocks: str
     roles: dict[str, str]
     embedding: str = "model.embed_tokens"
+    is_rotary: bool = False
 
 
 _LLAMA = Family(
@@ -47,6 +52,7 @@ _LLAMA = Family(
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     },
+    is_rotary=True,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -80,6 +86,7 @@ FAMILIES: dict[str, Family] = {
             "gate_up": "mlp.gate_up_proj",
             "down": "mlp.down_proj",
         },
+        is_rotary=True,
     ),
 }
 
@@ -121,6 +128,26 @@ def target_patterns(targets: str | list[str], model_type: str | None) -> list[st
                 raise RequestError(f"target {target!r} is not a regular expression: {error}") from error
             patterns.append(target)
     return patterns
+
+
+def same_input_groups(names: Iterable[str], model_type: str | None) -> list[list[str]]:
+    """The layers `names` in groups that read the same input, in order; one of which that is not known is alone.
+
+    >>> attention = "model.layers.0.self_attn."
+    >>> same_input_groups([attention + "q_proj", attention + "v_proj", attention + "o_proj"], "llama")
+    [['model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj'], ['model.layers.0.self_attn.o_proj']]
+    """
+    family = FAMILIES.get(model_type or "")
+    if family is None:
+        return [[name] for name in names]
+    roles = {local: role for role, local in family.roles.items()}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        number, _, local = name.removeprefix(f"{family.blocks}.").partition(".")
+        together = next((each for each in SAME_INPUT if roles.get(local) in each), None)
+        key = (name,) if together is None or not number.isdecimal() else (number, *together)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
 def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:

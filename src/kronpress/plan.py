@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator, model_validator
 
 from kronpress.errors import RequestError, unknown_name
 from kronpress.folding import Sizes
 from kronpress.matrices import STRUCTURES, StructuredMatrix
 from kronpress.matrices.kronecker import KroneckerSpec
-from kronpress.recipe import Weighting
+from kronpress.recipe import REDUCED, Weighting
 
 
 class LayerPlan(BaseModel):
     """What one linear layer, or an embedding's table (num_embeddings, embedding_dim), becomes.
 
-    `heads` are the linear layers tied to the embedding, which multiply by the same matrix.
+    `heads` are the linear layers tied to the embedding, which multiply by the same matrix. `shared_with` is the first
+    layer of a group that reads one input, if this is another of them: the `shared_factors` are that layer's, and
+    counted there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,7 +38,9 @@ class LayerPlan(BaseModel):
     options: Any = {}
     is_embedding: bool = False
     heads: list[str] = []
-    # What a measured allocation expects this matrix alone to cost, ½ tr(G ΔW C ΔWᵀ); None if it was not measured.
+    shared_with: str | None = None
+    # What a measured allocation expects this matrix alone to cost, ½ tr(G ΔW C ΔWᵀ), or that of a group by its first
+    # layer; None if it was not measured.
     predicted_rise: float | None = None
 
     @model_validator(mode="before")
@@ -56,10 +61,14 @@ class LayerPlan(BaseModel):
         }
 
     @model_validator(mode="after")
-    def _spec_fits(self) -> LayerPlan:
+    def _sizes_fit(self) -> LayerPlan:
+        self.check_sizes()
+        return self
+
+    def check_sizes(self) -> None:
+        """RequestError if a matrix of this shape cannot become what the spec says."""
         self.matrix_class.factor_shapes(self.out_features, self.in_features, self.spec)
         self.matrix_class.check_options(self.spec, self.options)
-        return self
 
     @property
     def matrix_class(self) -> type[StructuredMatrix]:
@@ -67,7 +76,10 @@ class LayerPlan(BaseModel):
 
     @property
     def num_params(self) -> int:
-        return self.matrix_class.count_params(self.out_features, self.in_features, self.spec)
+        """Of the factors that are this layer's own."""
+        shapes = self.matrix_class.factor_shapes(self.out_features, self.in_features, self.spec)
+        others = self.matrix_class.shared_factors if self.shared_with is not None else ()
+        return sum(prod(shape) for name, shape in shapes.items() if name not in others)
 
     @property
     def num_params_dense(self) -> int:
@@ -93,9 +105,71 @@ class LayerPlan(BaseModel):
         """How many places multiply by the matrix."""
         return len(self.heads) + (0 if self.is_embedding else 1)
 
+    @property
+    def num_biases_lost(self) -> int:
+        """By how many entries its bias is shorter than the dense layer's."""
+        return 0
+
     def empty_matrix(self, dtype: torch.dtype) -> StructuredMatrix:
         """The matrix on the meta device."""
         return self.matrix_class(self.out_features, self.in_features, self.spec, dtype, "meta", self.options)
+
+
+class ReducedSpec(BaseModel):
+    """A dense layer's `shape` (out_features, in_features) after units or channels were left out; whether it has a bias.
+
+    `num_indices` are the numbers of the rotary pairs that its queries and keys have kept, where some were left out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[PositiveInt, PositiveInt]
+    has_bias: bool
+    num_indices: PositiveInt | None = None
+
+
+class ReducedLayerPlan(LayerPlan):
+    """A dense layer of fewer outputs, or inputs; its neighbours have as many fewer.
+
+    `out_features` and `in_features` are those of the layer that it replaces.
+
+    >>> spec = {"shape": (4, 3), "has_bias": True}
+    >>> layer = ReducedLayerPlan(structure="reduced", out_features=8, in_features=3, spec=spec)
+    >>> layer.num_params, layer.num_params_dense, layer.num_biases_lost
+    (12, 24, 4)
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_structure(cls, fields: Any) -> Any:
+        return {**fields, "spec": ReducedSpec.model_validate(fields["spec"])} if "spec" in fields else fields
+
+    def check_sizes(self) -> None:
+        rows, columns = self.spec.shape
+        if rows > self.out_features or columns > self.in_features:
+            raise RequestError(
+                f"a reduced layer of {rows}×{columns} in place of one of {self.out_features}×{self.in_features}"
+            )
+
+    @property
+    def matrix_class(self) -> type[StructuredMatrix]:
+        raise RequestError(f"a layer of structure {REDUCED} is dense: this is for structured ones")
+
+    @property
+    def num_params(self) -> int:
+        return prod(self.spec.shape)
+
+    @property
+    def num_indices(self) -> int:
+        return self.spec.num_indices or 0
+
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.num_params
+
+    @property
+    def num_biases_lost(self) -> int:
+        return self.out_features - self.spec.shape[0] if self.spec.has_bias else 0
 
 
 class CandidateReport(BaseModel):
@@ -161,6 +235,18 @@ class Plan(BaseModel):
     bytes: int
     bytes_dense: int
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _of_their_kinds(cls, layers: Any) -> Any:
+        if not isinstance(layers, Mapping):
+            return layers
+        return {
+            name: ReducedLayerPlan.model_validate(layer)
+            if isinstance(layer, Mapping) and layer.get("structure") == REDUCED
+            else layer
+            for name, layer in layers.items()
+        }
+
     @field_validator("layers")
     @classmethod
     def _not_empty(cls, layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
@@ -173,6 +259,14 @@ class Plan(BaseModel):
         """The layers that this plan replaces, in the model's order."""
         return [name for name in self.layers if name not in self.before]
 
+    @property
+    def new_groups(self) -> list[list[str]]:
+        """The same, together where they are fitted as one matrix; most layers are alone."""
+        groups: dict[str, list[str]] = {}
+        for name, layer in owners_first({name: self.layers[name] for name in self.new_layers}).items():
+            groups.setdefault(layer.shared_with or name, []).append(name)
+        return list(groups.values())
+
     def without(self, names: Collection[str], num_params_untied: int) -> Plan:
         """The plan of the same model with the layers `names` dense as they were, and its totals.
 
@@ -180,9 +274,12 @@ class Plan(BaseModel):
             num_params_untied: of heads that have lost their tie nevertheless.
         """
         dense = [layer for name, layer in self.layers.items() if name in names]
-        layers = {name: layer for name, layer in self.layers.items() if name not in names}
-        more = sum(layer.num_params_dense - layer.num_params for layer in dense)
-        num_params = self.num_params + more + num_params_untied - self.num_params_untied
+        layers = regrouped({name: layer for name, layer in self.layers.items() if name not in names})
+        more = sum(layer.num_params_dense for layer in dense)
+        more += sum(layer.num_params for layer in layers.values())
+        more -= sum(layer.num_params for layer in self.layers.values())
+        biases = sum(layer.num_biases_lost for layer in dense)
+        num_params = self.num_params + more + biases + num_params_untied - self.num_params_untied
         return Plan.model_validate(
             {
                 **dict(self),
@@ -201,6 +298,33 @@ class Plan(BaseModel):
                 + 8 * sum(layer.num_indices for layer in layers.values()),
             }
         )
+
+
+def owners_first(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """These layers, none of them before the one whose factors it shares; a stored plan has them in any order."""
+    return dict(sorted(layers.items(), key=lambda each: each[1].shared_with is not None))
+
+
+def regrouped(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """Layers of which some may have been taken away: by name the first left of a group has the shared factors then."""
+    found = dict(layers)
+    owners: dict[str, str] = {}
+    for name in sorted(layers):
+        lost = layers[name].shared_with
+        if lost is not None and lost not in layers:
+            owner = owners.setdefault(lost, name)
+            found[name] = layers[name].model_copy(update={"shared_with": None if owner == name else owner})
+    return found
+
+
+def reduced_shapes(layers: Mapping[str, LayerPlan]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) that the reduced layers among these get."""
+    return {name: layer.spec.shape for name, layer in layers.items() if isinstance(layer, ReducedLayerPlan)}
+
+
+def structured_plans(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """Those of these layers that become structured ones."""
+    return {name: layer for name, layer in layers.items() if not isinstance(layer, ReducedLayerPlan)}
 
 
 def kronecker_sums(layers: Mapping[str, LayerPlan]) -> dict[str, Sizes]:

@@ -22,9 +22,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kronpress.calibration import Moments
 from kronpress.checkpoint import attach_plan_, cast_parameters_, check_writable, load_config, model_path, take_name
-from kronpress.compression import LayerReport, check_moments, check_shapes, replace_layer_, without_lost_heads
+from kronpress.compression import LayerReport, check_moments, check_shapes, replace_layers_, without_lost_heads
 from kronpress.errors import RequestError, WorkError
-from kronpress.plan import Plan
+from kronpress.plan import Plan, owners_first, reduced_shapes
 from kronpress.planning import meta_model
 from kronpress.surgery import replace_by_matrix_, replaceable_layers
 from kronpress.version import __version__
@@ -120,6 +120,7 @@ def _check_separable(plan: Plan, moments: Moments | None) -> None:
         "folding": bool(plan.folding),
         "rotation": plan.rotation,
         "a stage after the first": plan.stage > 1,
+        "reduced widths": bool(reduced_shapes(plan.layers)),
     }
     for what, is_asked in needs.items():
         if is_asked:
@@ -207,8 +208,8 @@ def _compressed_on_meta(config: PreTrainedConfig, plan: Plan, dtype: torch.dtype
     target = meta_model(config)
     assert isinstance(target, PreTrainedModel)
     cast_parameters_(target, dtype)
-    for name in plan.new_layers:
-        replace_by_matrix_(target, name, plan.layers[name].empty_matrix(dtype), plan.layers[name].heads)
+    for name, layer_plan in owners_first(plan.layers).items():  # of a first stage, all are new
+        replace_by_matrix_(target, name, layer_plan.empty_matrix(dtype), layer_plan.heads, layer_plan.shared_with)
     attach_plan_(target, plan)
     target.config.dtype = dtype
     target.config.architectures = [type(target).__name__]
@@ -233,21 +234,27 @@ def _fit_layers(
     layout: list[Shard],
     progress: Callable[[str, int, int], None] | None,
 ) -> tuple[dict[str, LayerReport], set[str]]:
-    """Fit and write each planned layer that the journal does not have; the reports, and the keys that are written."""
+    """Fit and write each planned layer that the journal does not have; the reports, and the keys that are written.
+
+    Those of a group are in the journal together, by the first.
+    """
     stored = {key for shard in layout for key in shard.places}
     seen = without_lost_heads(plan, moments)
-    reports, written = {}, set()
-    for done, name in enumerate(plan.new_layers):
+    reports: dict[str, LayerReport] = {}
+    written: set[str] = set()
+    for names in plan.new_groups:
         if progress is not None:
-            progress(name, done, len(plan.new_layers))
-        known = journal.done.get(name)
+            progress(names[0], len(reports), len(plan.new_layers))
+        known = journal.done.get(names[0])
         if known is not None and files.checksum(known["keys"]) == known["sha256"]:
-            reports[name] = LayerReport.model_validate(known["report"])
+            reports |= {name: LayerReport.model_validate(report) for name, report in known["reports"].items()}
             written |= set(known["keys"])
             continue
-        _load_layer_(model, name, dense, device)
-        check_moments(name, model.get_submodule(name), plan.weighting, moments or {})
-        reports[name] = replace_layer_(model, name, plan, seen)
+        for name in names:
+            _load_layer_(model, name, dense, device)
+            check_moments(name, model.get_submodule(name), plan.weighting, moments or {})
+        found = replace_layers_(model, names, plan, seen)
+        reports |= found
         tensors = {
             key: tensor.to(dense.dtype) if tensor.is_floating_point() else tensor
             for key, tensor in model.state_dict().items()
@@ -255,7 +262,8 @@ def _fit_layers(
         }
         _forget_(model)
         sha256 = files.write(tensors)
-        journal.add(name, keys=list(tensors), sha256=sha256, report=reports[name].model_dump(mode="json"))
+        described = {name: report.model_dump(mode="json") for name, report in found.items()}
+        journal.add(names[0], keys=list(tensors), sha256=sha256, reports=described)
         written |= set(tensors)
     return reports, written
 

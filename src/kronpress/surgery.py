@@ -17,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from kronpress.layers import StructuredEmbedding, StructuredLayer, StructuredLinear
 from kronpress.matrices import StructuredMatrix
 
+# Where a transformers model says which parameters are tied to which.
+TIES = ("_tied_weights_keys", "all_tied_weights_keys")
+
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every dense linear layer (`nn.Linear`, and transformers' `Conv1D`) by its name, in the model's order.
@@ -64,6 +67,12 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight.mT if isinstance(layer, Conv1D) else weight  # type: ignore[return-value]
 
 
+def stacked_weight(layers: Sequence[nn.Module]) -> Tensor:
+    """The weights of layers with as many inputs, one above the other; that of a single one is not copied."""
+    weights = [dense_weight(layer) for layer in layers]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
 def replaceable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that a structured one can stand in for, or does already, by its name in the model's order."""
     found = {**linear_layers(model), **embeddings(model), **structured_layers(model)}
@@ -91,15 +100,22 @@ def replace_module_(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def replace_by_matrix_(model: nn.Module, name: str, matrix: StructuredMatrix, heads: Sequence[str] = ()) -> None:
+def replace_by_matrix_(
+    model: nn.Module, name: str, matrix: StructuredMatrix, heads: Sequence[str] = (), shared_with: str | None = None
+) -> None:
     """Put a layer that holds `matrix` in the place called `name`, of a dense layer, an embedding or a structured layer.
 
     The linear layers called `heads` are replaced by layers that hold the same parameters, with their own biases; in a
     transformers model they are tied in its checkpoints too. Any other layer that was tied to an embedding keeps its
-    weight, as a parameter of its own.
+    weight, as a parameter of its own. The `shared_factors` of the structured layer called `shared_with` take the place
+    of the matrix's own, and are tied in the same way.
     """
+    _end_sharing_(model, name)
     layer = model.get_submodule(name)
     is_trained: bool = layer.weight.requires_grad  # type: ignore[assignment, union-attr]
+    shared = {} if shared_with is None else {part: f"{shared_with}.{part}" for part in type(matrix).shared_factors}
+    for part, source in shared.items():
+        setattr(matrix, part, model.get_parameter(source))
     replaced: StructuredLayer
     if is_embedding(layer):
         untie_(model, name, kept=heads)
@@ -120,6 +136,10 @@ def replace_by_matrix_(model: nn.Module, name: str, matrix: StructuredMatrix, he
             name,
             {f"{head}.{part}": f"{name}.{part}" for head in heads for part in dict(matrix.named_parameters())},
         )
+    if shared and isinstance(model, PreTrainedModel):
+        for attribute in TIES:
+            ties = {f"{name}.{part}": source for part, source in shared.items()}
+            setattr(model, attribute, {**(getattr(model, attribute) or {}), **ties})
 
 
 def _structured_linear(layer: nn.Module, matrix: StructuredMatrix) -> StructuredLinear:
@@ -147,10 +167,26 @@ def untie_(model: nn.Module, embedding: str, kept: Sequence[str] = ()) -> None:
 
 def _set_ties_(model: PreTrainedModel, embedding: str, ties: dict[str, str]) -> None:
     """Make `ties`, from a parameter to the one that it is tied to, all that transformers knows of this embedding."""
-    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+    for attribute in TIES:
         known = getattr(model, attribute) or {}
         others = {key: source for key, source in known.items() if source.rpartition(".")[0] != embedding}
         setattr(model, attribute, {**others, **ties})
+
+
+def _end_sharing_(model: nn.Module, name: str) -> None:
+    """Tie the layers that share factors with the one called `name` to one another, since that will have none."""
+    layer = model.get_submodule(name)
+    if not (isinstance(layer, StructuredLinear) and layer.structure.shared_factors):
+        return
+    for attribute in TIES if isinstance(model, PreTrainedModel) else ():
+        ties = dict(getattr(model, attribute) or {})
+        for key in (f"{name}.{part}" for part in layer.structure.shared_factors):
+            ties.pop(key, None)
+            followers = [other for other, source in ties.items() if source == key]
+            first, *others = sorted(followers, key=lambda other: other.rpartition(".")[0]) or [""]
+            ties.pop(first, None)
+            ties |= dict.fromkeys(others, first)
+        setattr(model, attribute, ties)
 
 
 def dense_layer(structured: StructuredLayer) -> nn.Module:
@@ -200,6 +236,7 @@ def to_dense_(model: nn.Module, names: Collection[str] | None = None) -> None:
         if key not in chosen:
             continue
         dense = dense_layer(structured)
+        _end_sharing_(model, name)
         replace_module_(model, name, dense)
         if key in tables:
             source, dense.weight = tables[key]  # type: ignore[assignment]

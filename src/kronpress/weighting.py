@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,21 @@ SHRINKAGE_UNSEEN = 0.1
 def is_centred(layer: nn.Module, weighting: Weighting) -> bool:
     """Whether the layer's bias takes up the mean output error, so that the rest is fitted about the mean."""
     return weighting.bias_correction and getattr(layer, "bias", None) is not None
+
+
+def of_group(layers: Sequence[nn.Module], moments: Sequence[InputMoments]) -> tuple[nn.Module, InputMoments]:
+    """By which layer and moments layers that read the same input are fitted as one matrix, one above the other.
+
+    They have the same C. G has those of all on its diagonal: what the loss's gradients by outputs of different layers
+    have to do with one another is not measured. About the mean they are fitted only if each has a bias to take it up.
+    """
+    if len(layers) == 1:
+        return layers[0], moments[0]
+    layer = next((each for each in layers if getattr(each, "bias", None) is None), layers[0])
+    gradients = [each.gradient for each in moments]
+    known = [each for each in gradients if each is not None]
+    gradient = torch.block_diag(*known) if len(known) == len(gradients) else None
+    return layer, replace(moments[0], gradient=gradient)
 
 
 def layer_metric(layer: nn.Module, weight: Tensor, moments: InputMoments, weighting: Weighting) -> Metric:

@@ -21,9 +21,10 @@ from kronpress.dispatch import Dispatch, set_dispatch
 from kronpress.errors import RequestError, WorkError
 from kronpress.families import FAMILIES, GEOMETRIES
 from kronpress.layers import StructuredLayer, StructuredLinear
-from kronpress.plan import Plan
+from kronpress.plan import Plan, owners_first, reduced_shapes, structured_plans
 from kronpress.planning import make_plan
 from kronpress.recipe import Recipe
+from kronpress.reduction import put_empty_
 from kronpress.surgery import replace_by_matrix_, structured_layers, untie_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,7 +83,7 @@ def shell(contender: Contender) -> PreTrainedModel:
     plan = _stored_plan(config)
     if contender.recipe is not None:
         parts = contender.recipe.parts
-        if any(part.allocation == "measured" for part in parts):
+        if any(part.allocation != "uniform" for part in parts):
             raise RequestError(
                 f"recipe {contender.recipe.name!r} measures its allocation, and random weights have nothing to "
                 "measure: take a recipe of fixed shapes or with a uniform allocation"
@@ -91,8 +92,10 @@ def shell(contender: Contender) -> PreTrainedModel:
         plan = make_plan(config, contender.recipe)
         if any(part.rotation for part in parts):
             untie_(model, FAMILIES[config.model_type].embedding)
-    for name, layer in plan.layers.items() if plan is not None else ():
-        replace_by_matrix_(model, name, layer.empty_matrix(torch.float32), layer.heads)
+    layers = {} if plan is None else plan.layers
+    put_empty_(model, reduced_shapes(layers))
+    for name, layer in owners_first(structured_plans(layers)).items():
+        replace_by_matrix_(model, name, layer.empty_matrix(torch.float32), layer.heads, layer.shared_with)
     cast_parameters_(model, DTYPES[contender.dtype])
     return model.eval()
 
@@ -179,7 +182,8 @@ def fill_(model: nn.Module, device: str) -> None:
                 setattr(module, name, filled[id(parameter)])
         for name, order in list(module.named_buffers(recurse=False)):
             if order.is_meta:
-                module.register_buffer(name, torch.randperm(len(order), generator=generator))
+                numbers = torch.randperm(order.shape[-1], generator=generator)
+                module.register_buffer(name, numbers.expand(order.shape).clone())
     model.to(device)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,7 +41,8 @@ class Moments(Mapping[str, InputMoments]):
     `held_out`. Equal `key`s mean equal weights, targets and calibration data. Where the tensors are in a file they are
     read each time that a layer is asked for, and nothing is kept.
 
-    `table` has of each layer its `num_tokens`, and of each part that was measured the name of its tensor.
+    `table` has of each layer its `num_tokens`, its `similarity` if that was measured, and of each part that was
+    measured the name of its tensor.
     """
 
     table: Mapping[str, Mapping[str, Any]]
@@ -59,6 +61,8 @@ class Moments(Mapping[str, InputMoments]):
         table: dict[str, dict[str, Any]] = {}
         for layer, moments in layers.items():
             table[layer] = {"num_tokens": moments.num_tokens}
+            if moments.similarity is not None:
+                table[layer]["similarity"] = moments.similarity
             for part in _PARTS:
                 tensor = getattr(moments, part)
                 if tensor is not None:
@@ -70,7 +74,7 @@ class Moments(Mapping[str, InputMoments]):
     def __getitem__(self, layer: str) -> InputMoments:
         named = self.table[layer]
         parts = {part: self.tensors[named[part]] for part in _PARTS if part in named}
-        return InputMoments(num_tokens=named["num_tokens"], **parts)
+        return InputMoments(num_tokens=named["num_tokens"], similarity=named.get("similarity"), **parts)
 
     def __contains__(self, layer: object) -> bool:
         return layer in self.table  # without reading its tensors
@@ -282,7 +286,11 @@ def _checksum(data: Any, content: dict[str, Any], entries: dict[str, dict[str, A
 def _most_header_bytes(layers: list[str], key: str) -> int:
     """How long the header gets at most, whatever the layers share; a multiple of 8, which aligns the tensors."""
     longest = max(layers, key=lambda layer: len(json.dumps(json.dumps(layer))), default="")
-    named = {"num_tokens": _LARGEST, **{part: f"{longest}.{part}" for part in _PARTS}}
+    named = {
+        "num_tokens": _LARGEST,
+        "similarity": -sys.float_info.min,
+        **{part: f"{longest}.{part}" for part in _PARTS},
+    }
     entries = {f"{layer}.{part}": _entry([_LARGEST] * 2, _LARGEST, _LARGEST) for layer in layers for part in _PARTS}
     header = _header(_content(dict.fromkeys(layers, named), key), entries, hashlib.sha256().hexdigest())
     return -(-len(header) // 8) * 8

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kronpress.calibration.block_by_block import by_block, measured_block_by_blo
 from kronpress.calibration.block_stream import block_prefix, state_bytes
 from kronpress.calibration.moments import FORMAT, Moments, MomentsFile, check_room, load_moments, sha256
 from kronpress.calibration.sensitivity import logits_of, loss_gradient, measures_gradients
+from kronpress.calibration.similarity import block_similarities
 from kronpress.calibration.sums import as_for_use, collector_of
 from kronpress.errors import RequestError
 from kronpress.matrices.moments import InputMoments
@@ -71,6 +73,8 @@ def calibrate(
     run as a whole, on all batches for each such group of all its layers, with the same labels. Where all moments take
     more than `max_bytes`, those of each group end on disk, and a layer's are read from there when they are asked for.
     On the CPU they are the same to the last bit however the layers are divided into groups.
+
+    With `allocation: similarity` the model is run once more, for the `similarity` of the block of each layer.
 
     The model is left as it was found: weights, gradients, `requires_grad` and modes.
 
@@ -124,21 +128,33 @@ def calibrate(
     told = [f"the sums take at most {most / 1e6:,.1f} MB of memory"]
     told += [f"the {what} {needed / 1e6:,.1f} MB of disk in {str(folder)!r}" for what, needed in on_disk.items()]
     messages(f"calibrating {len(targets)} layers {way}: {', '.join(told)}")
+    similarities = {}
+    if recipe.allocation == "similarity":
+        similarities = block_similarities(model, divide(sequences, recipe.calibration.held_out))
     with closing(some_by_some):  # with its files, if anything fails
         if "moments" in on_disk:
             with MomentsFile(path, targets, key) as file:
                 check_room(f"the {' and '.join(on_disk)}", sum(on_disk.values()), folder)
                 for some in some_by_some:
-                    file.append(Moments.of(some, key))
+                    file.append(Moments.of(_with_similarities(some, similarities), key))
                     del some  # before the next sums begin
                 moments = file.finish()
         else:
             found = {name: each for some in some_by_some for name, each in some.items()}
+            found = _with_similarities(found, similarities)
             moments = Moments.of({name: found[name] for name in targets}, key)
             if path is not None:
                 moments.save(path)
     _tell_shortage(moments, targets, messages)
     return moments
+
+
+def _with_similarities(
+    moments: Mapping[str, InputMoments], similarities: Mapping[str, float]
+) -> dict[str, InputMoments]:
+    """The moments of layers, each with that of the block it is in, if it is in one and that was measured."""
+    blocks = {name: next((block for block in similarities if name.startswith(f"{block}.")), "") for name in moments}
+    return {name: replace(each, similarity=similarities.get(blocks[name])) for name, each in moments.items()}
 
 
 def grouped(names: Iterable[str], size: Callable[[str], int], most: int) -> list[list[str]]:
@@ -181,6 +197,8 @@ def _key(model: nn.Module, recipe: Recipe, batches: list[dict[str, Any]]) -> str
     def looked_at() -> Iterator[tuple[str, Any]]:
         yield "settings", (FORMAT, measures_gradients(recipe), recipe.calibration.held_out, recipe.seed)
         yield "targets", list(find_targets(model, recipe))
+        if recipe.allocation == "similarity":
+            yield "similarity", True
         yield "modules", repr(model)
         if hasattr(model, "config"):
             for name, value in sorted(model.config.to_dict().items()):  # type: ignore[operator, union-attr]

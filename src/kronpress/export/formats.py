@@ -11,6 +11,7 @@ from kronpress.checkpoint import (
     atomic_folder,
     cast_parameters_,
     check_writable,
+    is_compressed,
     load_model,
     to_dense,
     write_model,
@@ -18,7 +19,6 @@ from kronpress.checkpoint import (
 from kronpress.errors import RequestError
 from kronpress.export.onnx_graph import check_installed, write_onnx
 from kronpress.export.self_contained import change_config, write_self_contained
-from kronpress.surgery import structured_layers
 
 FORMATS = {
     "dense": "an ordinary checkpoint for stock transformers",
@@ -48,7 +48,7 @@ def export_checkpoint(
     check_writable(out, overwrite)
     loaded = load_model(directory)
     model = loaded.model
-    if not structured_layers(model):
+    if not is_compressed(model):
         raise RequestError(f"model {directory!r} has no structured layer: it is dense already")
     with atomic_folder(out, overwrite) as folder:
         match format:

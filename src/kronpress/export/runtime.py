@@ -2,7 +2,7 @@
 
 W (out_features, in_features) is held as factors; a linear layer computes y = x Wᵀ + b, an embedding the rows of W.
 `kronpress_layers` of config.json names the layers, and for each its structure, the shapes of its factors, the lengths
-of its permutations, and the heads that are tied to it.
+of its permutations, the heads that are tied to it, and the factors that it shares, with the layer that has them.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ def _replace_layer_(model: Any, name: str, described: dict[str, Any]) -> None:
         _set_(model, name, FactoredLinear(structure, empty(), layer.bias))
     for head in heads:
         _set_(model, head, FactoredLinear(structure, empty(), model.get_submodule(head).bias))
-    if heads:
-        ties = {f"{head}.{part}": f"{name}.{part}" for head in heads for part in described["factors"]}
+    ties = {f"{head}.{part}": f"{name}.{part}" for head in heads for part in described["factors"]}
+    ties |= {f"{name}.{part}": f"{source}.{part}" for part, source in described["shared"].items()}
+    if ties:
         for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
             known = getattr(model, attribute) or {}
             others = {key: source for key, source in known.items() if source != f"{name}.weight"}

@@ -22,7 +22,7 @@ from kronpress.errors import RequestError, WorkError
 from kronpress.export import runtime
 from kronpress.export.source import source_of
 from kronpress.matrices import STRUCTURES
-from kronpress.plan import Plan
+from kronpress.plan import Plan, reduced_shapes
 from kronpress.version import __version__
 
 MODULE = SELF_CONTAINED.removesuffix(".py")
@@ -34,11 +34,16 @@ def write_self_contained(
     """Write weights in `dtype`, configuration, tokenizer and code, then load them and compare logits.
 
     Raises:
-        RequestError: the model's class is not one of transformers' own.
+        RequestError: the model's class is not one of transformers' own, or its blocks have reduced widths.
         WorkError: the written folder gives other logits.
     """
     plan = attached_plan(model)
     assert plan is not None, "the caller has a compressed model"
+    if reduced_shapes(plan.layers):
+        raise RequestError(
+            "the model has blocks of reduced widths, whose attention cannot be taken along as code: "
+            "--format dense, or onnx"
+        )
     base = type(model).__name__
     if getattr(transformers, base, None) is not type(model):
         raise RequestError(f"{base} is not a class of transformers: its code cannot be taken along")
@@ -69,13 +74,14 @@ def change_config(folder: Path, changes: dict[str, Any]) -> None:
 
 
 def described_layers(plan: Plan) -> dict[str, Any]:
-    """What the code has to know of each layer: structure, shapes of factors, lengths of permutations, tied heads."""
+    """What the code has to know of each layer: structure, shapes and lengths of all parts, and what is tied to what."""
     return {
         name: {
             "structure": layer.structure,
             "factors": layer.matrix_class.factor_shapes(layer.out_features, layer.in_features, layer.spec),
             "orders": layer.matrix_class.order_sizes(layer.out_features, layer.in_features, layer.spec),
             "heads": layer.heads,
+            "shared": {part: layer.shared_with for part in layer.matrix_class.shared_factors if layer.shared_with},
         }
         for name, layer in plan.layers.items()
     }

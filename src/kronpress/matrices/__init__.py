@@ -1,5 +1,6 @@
 """The structures: one file each, and this registry of them."""
 
+from kronpress.matrices.joint_rank import JointRank
 from kronpress.matrices.kronecker import Kronecker
 from kronpress.matrices.low_rank import LowRank
 from kronpress.matrices.monarch import Monarch
@@ -12,6 +13,7 @@ from kronpress.matrices.tensor_train import TensorTrain
 
 STRUCTURES.update(
     {
+        "joint_rank": JointRank,
         "kronecker": Kronecker,
         "low_rank": LowRank,
         "monarch": Monarch,
@@ -25,6 +27,7 @@ STRUCTURES.update(
 
 __all__ = [
     "STRUCTURES",
+    "JointRank",
     "Kronecker",
     "LowRank",
     "Monarch",

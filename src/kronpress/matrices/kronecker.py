@@ -89,6 +89,10 @@ class Kronecker(StructuredMatrix):
     def num_paths(spec: KroneckerSpec) -> int:
         return spec.num_terms
 
+    @classmethod
+    def linear_dims(cls, out_features: int, in_features: int, spec: KroneckerSpec) -> dict[str, tuple[int, int]]:
+        return {"weight": (0, 2), "right": (0, 2)}
+
     @staticmethod
     def multiply(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias in the order with fewer multiply-adds; the large factor is one GEMM for all terms.

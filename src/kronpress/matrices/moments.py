@@ -24,6 +24,9 @@ class InputMoments:
     `num_tokens` tokens, and `gradient` (width, width) is by what was looked up. x (width,) is then what the linear
     layers tied to it multiply by the table; without one, `second`, `mean` and `magnitude` are zero and `held_out` is
     None. Of a linear layer `counts` is None.
+
+    `similarity` is E cos(h, h′) of the hidden states before and after the transformer block that the layer is in; None
+    if not measured.
     """
 
     second: Tensor
@@ -33,6 +36,7 @@ class InputMoments:
     held_out: Tensor | None = None
     magnitude: Tensor | None = None
     counts: Tensor | None = None
+    similarity: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ C (n, n) and G (m, m) of the metric as in metric.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -127,25 +128,24 @@ class Monarch(StructuredMatrix):
         """
         out_features, in_features = weight.shape
         energy, seen_by = metric.squared_norm(weight), metric.where_it_sees
-        heights, widths = (
+        rows, columns = (
             [blocks for blocks in SCREENED_BLOCKS if size % blocks == 0 and blocks < size]
             for size in (out_features, in_features)
         )
+        outputs = {k: _Side.of(seen_by.output, weight.reshape(-1, k, in_features).transpose(0, 1), 1) for k in rows}
+        inputs = {c: _Side.of(seen_by.input, weight.mT.reshape(c, -1, out_features), 0) for c in columns}
         found = []
-        for k in heights:
-            order = _row_order(out_features, k, weight.device)
-            w, permuted = weight[order], _permuted(seen_by, order)
-            seen = _Sides.of(permuted, k, 1).rows_seen(w.unflatten(0, (k, -1)))
-            for c in widths if k > 1 else widths[1:]:
-                sides = _Sides.of(permuted, k, c)
-                energies = _energies(_cut(w, k, c), _cut(seen.flatten(0, 1), k, c), sides)
-                discarded = (energies.sum() - energies.cumsum(0)).clamp(min=0)
-                is_exact = not sides.couples
-                scale = energy / energies.sum().item() if energies.any() else 0.0
-                scale = scale if is_exact else OPTIMISM * scale
-                most = min(len(energies), (weight.numel() - 1) // (k * in_features + c * out_features))
-                for rank, error in enumerate((scale * discarded[:most]).tolist(), start=1):
-                    found.append((MonarchSpec(output_blocks=k, input_blocks=c, rank=rank), error, is_exact))
+        for k, c in product(rows, columns):
+            if k * c == 1:
+                continue
+            energies = _energies(outputs[k], inputs[c])
+            discarded = (energies.sum() - energies.cumsum(0)).clamp(min=0)
+            is_exact = not (outputs[k].couples or inputs[c].couples)
+            scale = energy / energies.sum().item() if energies.any() else 0.0
+            scale = scale if is_exact else OPTIMISM * scale
+            most = min(len(energies), (weight.numel() - 1) // (k * in_features + c * out_features))
+            for rank, error in enumerate((scale * discarded[:most]).tolist(), start=1):
+                found.append((MonarchSpec(output_blocks=k, input_blocks=c, rank=rank), error, is_exact))
         return found
 
     @classmethod
@@ -301,12 +301,6 @@ class _Sides:
         """Whether the loss has terms between different blocks."""
         return _has_off_diagonal(self.input) or _has_off_diagonal(self.output)
 
-    def rows_seen(self, weight: Tensor) -> Tensor:
-        """G_kk W_k (K, p, n) of W (K, p, n)."""
-        if self.output is not None and self.output.ndim == 2:
-            return self.output[..., None] * weight
-        return weight if self.outputs is None else self.outputs @ weight
-
     def seen(self, error: Tensor, r: int) -> Tensor:
         """(E C)[:, r]: (k, p, s) of E (k, p, r, s)."""
         if self.input is None:
@@ -324,9 +318,10 @@ def _has_off_diagonal(side: Tensor | None) -> bool:
 
 def _regular(diagonal_blocks: Tensor) -> Tensor:
     """The blocks (..., size, size) of one positive semi-definite matrix plus FLOOR of its largest entry."""
-    largest = diagonal_blocks.diagonal(dim1=-2, dim2=-1).max()
-    identity = torch.eye(diagonal_blocks.shape[-1], dtype=largest.dtype, device=largest.device)
-    return diagonal_blocks + FLOOR * largest * identity
+    blocks = diagonal_blocks.contiguous().clone()
+    diagonals = blocks.diagonal(dim1=-2, dim2=-1)
+    diagonals += FLOOR * diagonals.max()
+    return blocks
 
 
 def _joined(blocks: Tensor) -> Tensor:
@@ -396,19 +391,61 @@ def _nearest_products(
     return left * ratio[..., None, :], right / ratio[..., :, None]
 
 
-def _energies(blocks: Tensor, seen: Tensor, sides: _Sides) -> Tensor:
+@dataclass(frozen=True)
+class _Side:
+    """The rows of W or of Wᵀ in b parts (b, size, other), and the metric's diagonal blocks for them.
+
+    `blocks` (b, size, size) are regular, those of a diagonal metric (b, size), and None is the identity; `couples` says
+    whether the metric has entries outside of them. What follows from them is computed once for all that it is met with.
+    """
+
+    parts: Tensor
+    blocks: Tensor | None
+    couples: bool
+
+    @classmethod
+    def of(cls, side: Tensor | None, parts: Tensor, place: int) -> _Side:
+        """`place`: where the part's number stands in an index of two digits, 0 before the other and 1 behind it."""
+        if side is None:
+            return cls(parts, None, False)
+        count, size, _ = parts.shape
+        digits = (count, size) if place == 0 else (size, count)
+        if side.ndim == 1:
+            blocks = side.reshape(digits).movedim(place, 0)
+            return cls(parts, blocks + FLOOR * side.max(), False)
+        blocks = side.reshape(*digits, *digits).diagonal(dim1=place, dim2=2 + place).movedim(-1, 0)
+        return cls(parts, _regular(blocks), bool(side.count_nonzero() > blocks.count_nonzero()))
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Each part (b, size, other) times its block."""
+        if self.blocks is None:
+            return self.parts
+        return self.blocks[..., None] * self.parts if self.blocks.ndim == 2 else self.blocks @ self.parts
+
+    @cached_property
+    def roots(self) -> Tensor | None:
+        """The blocks' symmetric roots (b, size, size)."""
+        if self.blocks is None:
+            return None
+        return self.blocks.sqrt().diag_embed() if self.blocks.ndim == 2 else _square_roots(self.blocks)[0]
+
+
+def _energies(outputs: _Side, inputs: _Side) -> Tensor:
     """The squared singular values of G_kk^½ X C_rr^½, summed over all blocks X (k, r, p, s), largest first.
 
-    Args:
-        seen: G_kk X (k, r, p, s).
+    They are eigenvalues of products on the blocks' shorter side, so that the metric of that one alone is rooted.
     """
-    roots, gram = sides.inputs, blocks.mT @ seen
-    if blocks.shape[-2] < blocks.shape[-1]:
-        roots = None if sides.outputs is None else sides.outputs[:, None]
-        gram = (blocks if sides.inputs is None else blocks @ sides.inputs) @ blocks.mT
+    (k, height, _), (c, width, _) = outputs.parts.shape, inputs.parts.shape
+    if height < width:
+        x, seen = (each.reshape(c, width, height, k).permute(3, 0, 1, 2) for each in (inputs.parts, inputs.seen))
+        roots = None if outputs.roots is None else outputs.roots[:, None]
+    else:
+        x, seen = (each.reshape(k, height, c, width).transpose(1, 2) for each in (outputs.parts, outputs.seen))
+        roots = inputs.roots
+    gram = x.mT @ seen  # (k, r, the shorter, the shorter)
     if roots is not None:
-        root, _ = _square_roots(roots)
-        gram = root @ gram @ root
+        gram = roots @ gram @ roots
     return torch.linalg.eigvalsh(gram).sum((0, 1)).flip(0).clamp(min=0)
 
 

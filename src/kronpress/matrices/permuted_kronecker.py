@@ -67,6 +67,12 @@ class PermutedKronecker(StructuredMatrix):
     def num_paths(spec: PermutedKroneckerSpec) -> int:
         return spec.num_terms
 
+    @classmethod
+    def linear_dims(
+        cls, out_features: int, in_features: int, spec: PermutedKroneckerSpec
+    ) -> dict[str, tuple[int, int]]:
+        return Kronecker.linear_dims(out_features, in_features, spec)
+
     @staticmethod
     def multiply(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return _between_orders(Kronecker.multiply, factors, x, bias)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar, Self
 
@@ -45,6 +45,8 @@ class StructuredMatrix(nn.Module):
 
     Spec: ClassVar[type[Spec]]
     Options: ClassVar[type[Options]] = Options
+    # The factors that matrices with one and the same input hold in common: they are fitted as one matrix, see `split`.
+    shared_factors: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -143,6 +145,16 @@ class StructuredMatrix(nn.Module):
         shapes = cls.factor_shapes(out_features, in_features, spec)
         return dict.fromkeys(shapes, (mean_square / cls.num_paths(spec)) ** (0.5 / len(shapes)))
 
+    @classmethod
+    def linear_dims(cls, out_features: int, in_features: int, spec: Any) -> dict[str, tuple[int, int]]:
+        """Of each factor, a batch of linear maps, the dimensions of what a map gives and of what it reads.
+
+        By default the last two, or those before a last one of size 1.
+        """
+        shapes = cls.factor_shapes(out_features, in_features, spec)
+        ends = {name: len(shape) - (len(shape) > 2 and shape[-1] == 1) for name, shape in shapes.items()}
+        return {name: (end - 2, end - 1) for name, end in ends.items()}
+
     @staticmethod
     def order_sizes(out_features: int, in_features: int, spec: Any) -> dict[str, int]:
         """The sizes of the permutations that it stores as integers beside its factors, by name."""
@@ -172,6 +184,17 @@ class StructuredMatrix(nn.Module):
     def rows(cls, factors: Factors, indices: Tensor) -> Tensor:
         """The rows of W at `indices` (...), as (..., in_features): what an embedding looks up."""
         return cls.expand(factors)[indices]
+
+    @classmethod
+    def split(cls, factors: Factors, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The factors of each matrix of a group, from those of all of them one above the other.
+
+        For a structure with `shared_factors`, of which each has all; the rest shares no memory.
+
+        Args:
+            sizes: out_features of each.
+        """
+        raise NotImplementedError
 
     @staticmethod
     def check_options(spec: Any, options: Any) -> None:

@@ -105,6 +105,14 @@ class StructuredSum(StructuredMatrix):
     def num_paths(spec: StructuredSumSpec) -> int:
         return sum(_class(part).num_paths(part.spec) for part in spec.parts)
 
+    @classmethod
+    def linear_dims(cls, out_features: int, in_features: int, spec: StructuredSumSpec) -> dict[str, tuple[int, int]]:
+        return {
+            _full_name(number, part, name): dims
+            for number, part in enumerate(spec.parts)
+            for name, dims in _class(part).linear_dims(out_features, in_features, part.spec).items()
+        }
+
     @staticmethod
     def part_structures(spec: StructuredSumSpec) -> tuple[str, ...]:
         return tuple(part.structure for part in spec.parts)

@@ -80,6 +80,11 @@ class TensorTrain(StructuredMatrix):
     def num_paths(spec: TensorTrainSpec) -> int:
         return prod(_ranks(spec))
 
+    @classmethod
+    def linear_dims(cls, out_features: int, in_features: int, spec: TensorTrainSpec) -> dict[str, tuple[int, int]]:
+        names = TensorTrain.factor_shapes(out_features, in_features, spec)
+        return {name: (0, 1) if name == "weight" else (1, 2) for name in names}
+
     @staticmethod
     def multiply(factors: Factors, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + bias, one core after the other in the order that needs the fewest operations: see `contraction`.

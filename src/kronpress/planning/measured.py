@@ -20,8 +20,8 @@ from kronpress.matrices.moments import InputMoments
 from kronpress.plan import AllocationReport, CandidateReport, LayerPlan, count_flops
 from kronpress.planning.sizes import candidate_structures
 from kronpress.recipe import Recipe
-from kronpress.surgery import dense_weight, is_embedding, replaceable_layers
-from kronpress.weighting import layer_metric
+from kronpress.surgery import dense_weight, is_embedding, replaceable_layers, stacked_weight
+from kronpress.weighting import layer_metric, of_group
 
 # Of B, in the sums for which units are put in order before candidates are compared.
 REFERENCE_SIDE = 4
@@ -33,6 +33,7 @@ class NothingMeasured(RequestError):
 
 def allocated(
     model: nn.Module,
+    groups: Mapping[str, list[str]],
     targets: dict[str, tuple[int, int]],
     recipe: Recipe,
     budget_params: int | None,
@@ -41,24 +42,30 @@ def allocated(
     """The candidates that cost the least loss within the budget; a matrix for which that is itself is left dense.
 
     Where units will be folded, the candidates are those of the matrices in the order that is best for REFERENCE_SIDE.
+
+    Args:
+        groups: the layers that become one matrix, by the first; most are alone.
+        targets: the shapes of these matrices.
     """
     layers = replaceable_layers(model)
     if budget_params is None:
         raise RequestError("a measured allocation needs a budget: set one of budget.*")
-    if moments is None or not moments.keys() >= targets.keys():
+    if moments is None or not all(name in moments for names in groups.values() for name in names):
         raise NothingMeasured("a measured allocation needs moments of every targeted layer: calibrate the model first")
     if any(layers[name].weight.is_meta for name in targets):  # type: ignore[union-attr]
         raise NothingMeasured("a measured allocation needs the model's weights, not its configuration alone")
     names = candidate_structures(recipe)
-    if recipe.folding and set(names) - {"low_rank"}:  # to which an order is nothing
+    if recipe.folding and set(names) - {"low_rank", "joint_rank"}:  # to which an order is nothing
         share = budget_params / sum(map(prod, targets.values()))
         model, moments = _folded(model, targets, recipe, share, moments)
         layers = replaceable_layers(model)
 
     def problem(name: str) -> tuple[Tensor, Metric]:
         # Made anew each time: all metrics together may be larger than the model.
-        weight = dense_weight(layers[name]).detach().to(torch.float64)
-        return weight, layer_metric(layers[name], weight, moments[name], recipe.weighting)
+        members = [layers[each] for each in groups[name]]
+        weight = stacked_weight(members).detach().to(torch.float64)
+        layer, together = of_group(members, [moments[each] for each in groups[name]])
+        return weight, layer_metric(layer, weight, together, recipe.weighting)
 
     def is_allowed(shape: tuple[int, int], structure: str, spec: Any) -> bool:
         return not recipe.flops_not_above_dense or count_flops(structure, *shape, spec) <= 2 * prod(shape)
@@ -83,7 +90,7 @@ def allocated(
     report = AllocationReport(
         predicted_rise=choice.allocation.error,
         gap=choice.allocation.gap,
-        kept_dense=[name for name, each in choice.chosen.items() if each.structure == DENSE],
+        kept_dense=[name for first, each in choice.chosen.items() if each.structure == DENSE for name in groups[first]],
         candidates={
             name: [
                 CandidateReport(

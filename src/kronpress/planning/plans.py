@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -16,11 +16,20 @@ from kronpress.families import FAMILIES
 from kronpress.folding import RESIDUALS, check_foldable
 from kronpress.layers import StructuredLayer
 from kronpress.matrices.moments import InputMoments
-from kronpress.plan import Plan, kronecker_sums
+from kronpress.plan import LayerPlan, Plan, kronecker_sums, owners_first, reduced_shapes, regrouped, structured_plans
 from kronpress.planning.measured import NothingMeasured, allocated
-from kronpress.planning.sizes import BudgetTooSmall, least_budget, plan_layer, target_params
-from kronpress.planning.targets import Totals, find_targets, flops_by_layer, meta_model, stored_dtype
-from kronpress.recipe import Recipe
+from kronpress.planning.reduced import reduced_layers
+from kronpress.planning.sizes import BudgetTooSmall, candidate_structures, least_budget, plan_layer, target_params
+from kronpress.planning.targets import (
+    Totals,
+    find_targets,
+    flops_by_layer,
+    meta_model,
+    planned_groups,
+    stored_dtype,
+)
+from kronpress.recipe import REDUCED, Recipe
+from kronpress.reduction import put_empty_
 from kronpress.surgery import (
     is_embedding,
     replace_by_matrix_,
@@ -59,8 +68,9 @@ def make_plan(
             another, the budget cannot be met, or a measured allocation has no weights or moments.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
-    is_compressed = structured_layers(model) and before is None
-    if is_compressed or (before is None and getattr(model_or_config, "quantization_config", None) is not None):
+    config = getattr(model_or_config, "config", model_or_config)
+    is_compressed = structured_layers(model) or getattr(config, "quantization_config", None) is not None
+    if is_compressed and before is None:
         raise RequestError("the model is compressed or quantised already: plan and compress the dense one it came from")
     if recipe.stages:
         return plan_stages(model, recipe)[-1]
@@ -75,25 +85,31 @@ def make_plan(
         untied |= _untied_by_rotation(model, recipe, targets)
     if recipe.folding:
         _check_type_folds(model, recipe)
+    if narrow := [name for name in targets if before is not None and name in reduced_shapes(before.layers)]:
+        raise RequestError(f"target {narrow[0]!r} was reduced by a stage before this one, and is no layer of full size")
 
     present = Totals.of(model)
     dense = present if before is None else Totals(before.num_params_dense, before.flops_per_token_dense)
     dtype = stored_dtype(model)
     # What the targets hold now, and what the heads that lose their tie will hold.
-    held = sum(_num_params_held(layers[name]) for name in targets)
+    held = _num_params_held(layers, targets)
     rest = present.num_params - held + sum(untied.values())
     targets_dense = sum(map(prod, targets.values()))
+    groups = planned_groups(model, targets, candidate_structures(recipe))
+    shapes = {first: (sum(targets[name][0] for name in names), targets[first][1]) for first, names in groups.items()}
     allocation = None
     try:
         budget_params = target_params(recipe.budget, dense.num_params, rest, targets_dense, dtype.itemsize)
         if recipe.allocation == "measured":
-            planned, allocation = allocated(model, targets, recipe, budget_params, moments)
+            planned, allocation = allocated(model, groups, shapes, recipe, budget_params, moments)
+        elif recipe.structure == REDUCED:
+            planned = reduced_layers(model, targets, recipe, budget_params, moments)
         else:
             planned = {
-                name: plan_layer(name, shape, recipe, budget_params, targets_dense) for name, shape in targets.items()
+                name: plan_layer(name, shape, recipe, budget_params, targets_dense) for name, shape in shapes.items()
             }
     except BudgetTooSmall as error:
-        least = least_budget(targets, recipe, targets_dense)
+        least = least_budget(shapes, recipe, targets_dense)
         raise RequestError(
             f"{error}; the least possible is {least} in the targeted layers, {rest + least} in the model"
         ) from error
@@ -102,12 +118,13 @@ def make_plan(
         if not sums and recipe.allocation != "measured":
             raise RequestError(f"folding {recipe.folding}: orders are for Kronecker sums, and none is planned")
         check_foldable(model, recipe.folding, sums, planned)
+    planned = _each_of_its_group(planned, groups, targets)
     planned = {
         name: layer.model_copy(update={"is_embedding": is_embedding(layers[name]), "heads": heads[name]})
         for name, layer in planned.items()
     }
     left = sum(planned[name].num_params if name in planned else prod(shape) for name, shape in targets.items())
-    num_params = rest + left
+    num_params = rest + left - sum(layer.num_biases_lost for layer in planned.values())
     if budget_params is not None and left > budget_params:
         raise RequestError(
             f"recipe {recipe.name!r} has fixed sizes that leave {left} parameters in the targeted "
@@ -117,11 +134,17 @@ def make_plan(
     flops = flops_by_layer(model)
     for name, layer in planned.items():
         flops |= {**dict.fromkeys(layer.heads, 0), name: layer.flops_per_token}
-    earlier = {} if before is None else {name: each for name, each in before.layers.items() if name not in targets}
+    # Of a group that is targeted in part the others share on.
+    left_alone = {} if before is None else {name: each for name, each in before.layers.items() if name not in targets}
+    earlier = regrouped(left_alone)
     together = {**earlier, **planned}
     layers_planned = {name: together[name] for name in layers if name in together}
     targeted_before = {*before.layers, *before.left_dense} if before is not None else set()
-    all_targets = {name: prod(weight_shape(layers[name])) for name in layers if name in {*targets, *targeted_before}}
+    all_targets = {
+        name: together[name].num_params_dense if name in together else prod(weight_shape(layers[name]))
+        for name in layers
+        if name in {*targets, *targeted_before}
+    }
     num_params_targets = sum(
         together[name].num_params if name in together else all_targets[name] for name in all_targets
     )
@@ -152,11 +175,41 @@ def make_plan(
     )
 
 
-def _num_params_held(layer: nn.Module) -> int:
-    """Parameters of the layer's matrix as it is, dense or structured."""
-    if isinstance(layer, StructuredLayer):
-        return layer.structure.count_params(layer.out_features, layer.in_features, layer.spec)
-    return layer.weight.numel()  # type: ignore[operator, union-attr]
+def _each_of_its_group(
+    planned: Mapping[str, LayerPlan], groups: Mapping[str, list[str]], targets: Mapping[str, tuple[int, int]]
+) -> dict[str, LayerPlan]:
+    """What each layer becomes, by what the groups become as one matrix; in the targets' order."""
+    found = {
+        name: planned[first].model_copy(
+            update={"out_features": targets[name][0]}
+            | ({} if name == first else {"shared_with": first, "predicted_rise": None})
+        )
+        for first, names in groups.items()
+        if first in planned
+        for name in names
+    }
+    return {name: found[name] for name in targets if name in found}
+
+
+def _num_params_held(layers: Mapping[str, nn.Module], names: Collection[str]) -> int:
+    """Parameters of the matrices `names` as they are, dense or structured, that no other layer shares."""
+    held = 0
+    shared: dict[int, list[str]] = {}  # the names of all that hold a factor, tied heads aside
+    structured = {name: layer for name, layer in layers.items() if isinstance(layer, StructuredLayer)}
+    for name in {id(layer.weight): name for name, layer in reversed(structured.items())}.values():
+        for part in structured[name].structure.shared_factors:
+            shared.setdefault(id(getattr(structured[name], part)), []).append(name)
+    for name in names:
+        layer = layers[name]
+        if not isinstance(layer, StructuredLayer):
+            held += layer.weight.numel()  # type: ignore[operator, union-attr]
+            continue
+        shapes = layer.structure.factor_shapes(layer.out_features, layer.in_features, layer.spec)
+        for part, shape in shapes.items():
+            holders = shared.get(id(getattr(layer, part)), [name])
+            if name == holders[0] and all(each in names for each in holders):
+                held += prod(shape)
+    return held
 
 
 def _untied_by_rotation(model: nn.Module, recipe: Recipe, targets: Mapping[str, Any]) -> dict[str, int]:
@@ -207,9 +260,10 @@ def plan_stages(model: nn.Module, recipe: Recipe) -> list[Plan]:
             raise type(error)(f"stage {number} of {recipe.name!r}: {error}") from error
         if part.rotation:
             untie_(shell, FAMILIES[shell.config.model_type].embedding)  # type: ignore[index, union-attr]
-        for name in plans[-1].new_layers:
-            layer = plans[-1].layers[name]
-            replace_by_matrix_(shell, name, layer.empty_matrix(stored_dtype(shell)), layer.heads)
+        new = {name: plans[-1].layers[name] for name in plans[-1].new_layers}
+        put_empty_(shell, reduced_shapes(new))
+        for name, layer in owners_first(structured_plans(new)).items():
+            replace_by_matrix_(shell, name, layer.empty_matrix(stored_dtype(shell)), layer.heads, layer.shared_with)
     return plans
 
 

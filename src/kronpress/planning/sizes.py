@@ -9,7 +9,7 @@ from typing import Any
 from kronpress.errors import RequestError
 from kronpress.matrices import STRUCTURES
 from kronpress.plan import LayerPlan, count_flops
-from kronpress.recipe import AUTO, Budget, Recipe
+from kronpress.recipe import AUTO, REDUCED, Budget, Recipe
 
 
 class BudgetTooSmall(RequestError):
@@ -52,6 +52,8 @@ def least_budget(targets: dict[str, tuple[int, int]], recipe: Recipe, targets_de
 
 
 def candidate_structures(recipe: Recipe) -> list[str]:
+    if recipe.structure == REDUCED:
+        return []
     return recipe.candidates if recipe.structure == AUTO else [recipe.structure]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kronpress.errors import RequestError
-from kronpress.families import target_patterns
+from kronpress.families import same_input_groups, target_patterns
 from kronpress.layers import StructuredLayer, StructuredLinear
 from kronpress.matrices import STRUCTURES
 from kronpress.plan import count_flops
@@ -46,6 +47,14 @@ def find_targets(model: nn.Module, recipe: Recipe) -> dict[str, tuple[int, int]]
         if others and not (is_embedding(layers[name]) and all(_is_head(model, other) for other in others)):
             raise RequestError(f"target {name!r} shares its weight with {others[0]!r}, which would be left dense")
     return {name: weight_shape(layer) for name, layer in layers.items() if name in found}
+
+
+def planned_groups(model: nn.Module, targets: Iterable[str], structures: Collection[str]) -> dict[str, list[str]]:
+    """The targets that are planned as one matrix, by the first; each is alone if no structure shares factors."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    is_shared = any(STRUCTURES[name].shared_factors for name in structures)
+    groups = same_input_groups(targets, model_type) if is_shared else [[name] for name in targets]
+    return {names[0]: names for names in groups}
 
 
 def _is_head(model: nn.Module, name: str) -> bool:

@@ -1,0 +1,23 @@
+"""Narrower transformer blocks: fewer hidden units, and fewer channels in each head, by MoDeGPT (arXiv 2408.09632).
+
+The layers stay dense, and the widths between them shrink. `blocks_of` says which layers have which width, `fit_block`
+makes the matrices for smaller ones, and `put_block_` puts them, or empty ones, into the model.
+"""
+
+from kronpress.reduction.blocks import Block, Shape, Widths, block_members, blocks_of
+from kronpress.reduction.decompositions import reduced_fractions
+from kronpress.reduction.fits import fit_block, nearest_weights, put_block_, put_empty_, widen_
+
+__all__ = [
+    "Block",
+    "Shape",
+    "Widths",
+    "block_members",
+    "blocks_of",
+    "fit_block",
+    "nearest_weights",
+    "put_block_",
+    "put_empty_",
+    "reduced_fractions",
+    "widen_",
+]
