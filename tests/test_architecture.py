@@ -13,6 +13,7 @@ ROOT = Path(kronpress.__file__).parent
 ORDER = (
     "errors",
     "version",
+    "processes",
     "native",
     "matrices",
     "ways",
@@ -25,6 +26,7 @@ ORDER = (
     "compiled",
     "folding",
     "rotation",
+    "reduction",
     "allocation",
     "candidates",
     "plan",
@@ -44,6 +46,7 @@ ORDER = (
     "weight_files",
     "streaming",
     "report",
+    "reporting",
     "pipeline",
     "cli",
     "__init__",
@@ -58,7 +61,7 @@ ONLY_IN = {
     **{name: {"export"} for name in ("onnx", "onnxruntime", "onnxscript")},
 }
 # Packages of optional extras, and what is slow to import and seldom needed: imported where they are used.
-OPTIONAL = {"lm_eval", "matplotlib", "onnx", "onnxruntime", "onnxscript"}
+OPTIONAL = {"lm_eval", "matplotlib", "onnx", "onnxruntime", "onnxscript", "plotly", "torchao"}
 NOT_IN = {"transformers": {"errors", "version", "matrices", "layers", "recipe", "families"}}
 SOURCES = {path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from kronpress import cli
 from kronpress.export import onnx_graph
-from kronpress.healing import training
+from kronpress.healing.trainer import HealingTrainer
 from kronpress.tokens import cache
 from kronpress.weight_files import ShardFiles
 
@@ -136,11 +136,20 @@ def overflowing(tools: SimpleNamespace) -> None:
     tools.save(model, Path("overflowing"))
 
 
-def nan_at_the_third_step(tools: SimpleNamespace) -> None:
-    loss, calls = training.language_model_loss, itertools.count(1)
-    tools.monkeypatch.setattr(
-        training, "language_model_loss", lambda *given: loss(*given) * (math.nan if next(calls) == 3 else 1)
-    )
+def nan_from_the_third_step(tools: SimpleNamespace) -> None:
+    take_step, calls = HealingTrainer.training_step, itertools.count(1)
+
+    def step_with_nan(self: HealingTrainer, model: torch.nn.Module, *given: object) -> torch.Tensor:
+        """From the third step on a weight is NaN while the loss is computed, and then what it was."""
+        weight = next(model.parameters()).data
+        before = weight.clone()
+        if next(calls) >= 3:
+            weight.fill_(math.nan)
+        loss = take_step(self, model, *given)
+        weight.copy_(before)
+        return loss
+
+    tools.monkeypatch.setattr(HealingTrainer, "training_step", step_with_nan)
 
 
 def full_disk(tools: SimpleNamespace) -> None:
@@ -185,6 +194,7 @@ MADE = {
     "A calibration that cannot be": short_texts,
     "Streaming what needs the whole model": pickled,
     "A change that a stage would not see": staged,
+    "Runs that cannot be compared": nothing,
     "An export that cannot be": not_for_export,
     "Text that is not UTF-8": latin_1,
     "A damaged data set": cut_off,
@@ -194,7 +204,7 @@ MADE = {
     "A checkpoint of a newer format": newer,
     "NaN or infinity in a weight": not_finite,
     "NaN or infinity in what a layer reads": overflowing,
-    "A loss that becomes NaN in healing": nan_at_the_third_step,
+    "A loss that becomes NaN in healing": nan_from_the_third_step,
     "A full disk": full_disk,
     "A full disk while streaming": full_disk_while_streaming,
 }
@@ -212,7 +222,10 @@ def made_once(tmp_path_factory, tiny_model, save_tiny_checkpoint, tiny_text) -> 
     recipe = {
         **{"name": "half", "model": "dense", "targets": "mlp", "structure": "kronecker"},
         "spec": {"right_shape": [1, 2], "num_terms": 1},
-        "healing": {"data": "text.txt", "max_steps": 4, "save_steps": 1, "sequence_length": 16},
+        "healing": {
+            **{"data": "text.txt", "max_steps": 4, "sequence_length": 16},
+            **{"save_steps": 1, "max_skipped_steps": 2},
+        },
         "evaluation": {"data": "text.txt"},
     }
     (folder / "half.yaml").write_text(json.dumps(recipe))
@@ -291,18 +304,21 @@ def test_the_least_possible_budget_is_possible_and_the_least(tools, targets, rec
     least_of_targets, least = map(int, re.search(r"least possible is (\d+) .* (\d+) in the model", message).groups())
     dense = sum(parameter.numel() for parameter in tools.model("gpt2").parameters())
     targets_dense = dense - (least - least_of_targets)
-    assert call(*given, f"budget.params={least}") == (0, "")
+    assert call(*given, f"budget.params={least}")[0] == 0
     assert call(*given, f"budget.params={least - 1}")[0] == 2
-    assert call(*given, f"budget.kept_of_targets={(least_of_targets + 0.5) / targets_dense}") == (0, "")
+    assert call(*given, f"budget.kept_of_targets={(least_of_targets + 0.5) / targets_dense}")[0] == 0
     assert call(*given, f"budget.kept_of_targets={(least_of_targets - 0.5) / targets_dense}")[0] == 2
 
 
 def test_a_healing_stopped_by_nan_goes_on_from_its_last_good_checkpoint(tools):
-    nan_at_the_third_step(tools)
-    assert call("run", "half.yaml", "--out", "out")[0] == 1
+    with tools.monkeypatch.context() as patch:
+        nan_from_the_third_step(SimpleNamespace(monkeypatch=patch))
+        assert call("run", "half.yaml", "--out", "out")[0] == 1
     kept = sorted(path.name for path in Path(".out.healing").glob("checkpoint-*"))
-    assert kept == ["checkpoint-1", "checkpoint-2"]
-    code, message = call("run", "half.yaml", "--out", "out", "--resume")  # its loss is NaN no more
+    assert kept == ["checkpoint-2", "checkpoint-3"]
+    code, message = call("run", "half.yaml", "--out", "out", "--resume")
     assert code == 0, message
-    assert json.loads(Path("out/results.json").read_text())["resumed_at_steps"] == [2]
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["resumed_at_steps"] == [3]
+    assert results["healing"]["skipped_steps"] == 1  # the third; the fourth was taken after all
     assert not Path(".out.healing").exists()

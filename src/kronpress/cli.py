@@ -23,13 +23,16 @@ from kronpress.evaluation import LONGEST_DEFAULT_WINDOW, PROTOCOLS, check_vocabu
 from kronpress.export import FORMATS, export_checkpoint
 from kronpress.families import GEOMETRIES
 from kronpress.harness import find_tasks, run_tasks
-from kronpress.healing import heal_
-from kronpress.pipeline import Messages, calibrated, compress_stages_, healing_folder, validation_tokens
+from kronpress.healing import expected_memory, first_windows, heal_, num_tokens_read, reconstruct_blocks_
+from kronpress.pipeline import Messages, calibrated, compress_stages_, healing_folder, planned_memory, validation_tokens
 from kronpress.pipeline import run as run_pipeline
+from kronpress.pipeline import sweep as sweep_runs
 from kronpress.planning import make_plan
+from kronpress.processes import from_main, in_main, is_main, join, leave, num_processes, process_number, wait_for_all
 from kronpress.recipe import POCKET, dump_recipe, load_recipe, recipe_names
 from kronpress.report import (
     benchmark_tables,
+    block_line,
     evaluation_tables,
     healing_line,
     layers_table,
@@ -37,6 +40,8 @@ from kronpress.report import (
     results_table,
     tasks_table,
 )
+from kronpress.reporting import Comparison, comparison_json, comparison_terminal, write_comparison, write_report
+from kronpress.reporting import compare as compare_runs
 from kronpress.spectrum import check_plot_path, plot_spectrum, spectrum, spectrum_tables
 from kronpress.streaming import compress_streaming
 from kronpress.tokens import load_running_text, load_train_data
@@ -63,11 +68,15 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="go on with what wa
 AcceptOption = Annotated[
     bool, typer.Option("--accept-changes", help="with --resume, go on with the rates and weights as they are now")
 ]
+MixedOption = Annotated[
+    bool, typer.Option("--allow-mixed", help="compare runs of different teachers, texts or protocols, and say so")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
 
 
 def _say(text: str) -> None:
-    err_console.print(text)
+    if is_main():
+        err_console.print(text)
 
 
 DEFAULT_HEALING_TOKENS = 1_000_000
@@ -114,7 +123,7 @@ def plan(
         check_plot_path(plot)
     resolved = load_recipe(recipe, changes, model)
     measured = None
-    if resolved.allocation == "measured" or with_spectrum:
+    if resolved.allocation != "uniform" or with_spectrum:
         if model in GEOMETRIES:
             reason = (
                 "--spectrum needs weights, and moments if the recipe fits to inputs"
@@ -131,7 +140,11 @@ def plan(
                 loaded.model, at_once, moments, lambda name, done, total: _say(f"  {done + 1}/{total} {name}")
             )
     else:
-        made = make_plan(load_config(model, resolved.revision), resolved)
+        config = load_config(model, resolved.revision)
+        made = make_plan(config, resolved)
+        expected = planned_memory(config, made, resolved)
+        if expected is not None:
+            _say(f"healing takes about {expected}")
     if measured is not None and plot is not None:
         plot_spectrum(measured, plot)
     if as_json:
@@ -175,7 +188,8 @@ def compress(
     With --streaming MODEL is a local folder of safetensors, and the recipe one that fits weights alone. Interrupted,
     the same command goes on after the last layer that was done.
     """
-    check_writable(out, overwrite)
+    join()
+    from_main(lambda: check_writable(out, overwrite))
     calibrated_on = [f"calibration.data={json.dumps(calibration)}"] if calibration else []
     resolved = load_recipe(recipe, [*(changes or []), *calibrated_on], model)
     if calibration and all(part.weighting.metric == "none" for part in resolved.parts):
@@ -190,11 +204,17 @@ def compress(
         if resolved.weighting.metric != "none":
             raise RequestError(f"--streaming: recipe {resolved.name!r} is calibrated, which needs the model in memory")
         made = make_plan(load_config(model, resolved.revision), resolved)
+        if num_processes() > 1:
+            raise RequestError(f"--streaming: works in one process, and there are {num_processes()}")
         layers = compress_streaming(model, made, out, progress=progress, overwrite=overwrite)
     else:
         loaded = load_model(model, resolved.revision)
         made, layers = compress_stages_(loaded, resolved, _say, progress)
-        save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
+        if is_main():
+            save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
+        wait_for_all()
+        if not is_main():
+            return
     if as_json:
         reports = {name: report.model_dump(mode="json") for name, report in layers.items()}
         _print_json({"out": str(out), "plan": made.model_dump(mode="json"), "layers": reports})
@@ -219,12 +239,14 @@ def heal(
     """Train a compressed checkpoint by distillation from its teacher, and write the healed one.
 
     Without --set healing.max_steps=N or healing.tokens=N it trains on one million tokens. With --set
+    reconstruction.steps=N each block first learns alone to give what the teacher's gives. With --set
     healing.save_steps=N, and on SIGTERM, training checkpoints are kept beside DIR, from which --resume goes on.
     """
-    check_writable(out, overwrite)
+    join()
+    from_main(lambda: check_writable(out, overwrite))
     for change in changes or []:
-        if not change.startswith(("healing.", "seed=")) or change.startswith("healing.data"):
-            raise RequestError(f"--set {change!r}: heal takes healing.* but data, and seed")
+        if not change.startswith(("healing.", "reconstruction.", "seed=")) or change.startswith("healing.data"):
+            raise RequestError(f"--set {change!r}: heal takes healing.* but data, reconstruction.*, and seed")
     healing: dict[str, Any] = {"data": data, "distillation_weight": 1.0, "language_model_weight": 0.0}
     if teacher != POCKET:
         limit = load_config(str(directory)).get_text_config().max_position_embeddings
@@ -232,12 +254,28 @@ def heal(
         if not any(change.startswith(("healing.max_steps=", "healing.tokens=")) for change in changes or []):
             healing["tokens"] = DEFAULT_HEALING_TOKENS
     resolved = load_recipe({"model": teacher, "healing": healing}, changes)
-    num_tokens = resolved.healing.num_tokens
+    num_tokens = num_tokens_read(resolved.healing, resolved.reconstruction)
     student, dense = load_model(str(directory)), load_model(teacher, resolved.revision)
     check_vocabulary(student.model, student.tokenizer)
     tokens = load_train_data(student.tokenizer, resolved.healing.data, num_tokens, resolved.healing.sequence_length)
     validation = validation_tokens(student.tokenizer, resolved.healing)
-    with healing_folder(out, resume, overwrite) as work:
+    expected = expected_memory(student.model, dense.model, resolved.healing)
+    if expected is not None:
+        _say(f"healing takes about {expected}")
+    with in_main(lambda: healing_folder(out, resume, overwrite)) as work:
+        by_blocks = None
+        if resolved.reconstruction.steps:
+            by_blocks = reconstruct_blocks_(
+                student.model,
+                dense.model,
+                first_windows(tokens, resolved.healing.sequence_length, resolved.seed, resolved.reconstruction.windows),
+                resolved.reconstruction,
+                seed=resolved.seed,
+                work_dir=work,
+                resume=resume,
+                progress=lambda report: _say(block_line(report)),
+                messages=_say,
+            )
         log = heal_(
             student.model,
             dense.model,
@@ -251,9 +289,17 @@ def heal(
             progress=MESSAGES.healing,
             messages=_say,
         )
-        save_checkpoint(student.model, student.tokenizer, out, dtype=student.dtype, overwrite=overwrite)
+        if is_main():
+            save_checkpoint(student.model, student.tokenizer, out, dtype=student.dtype, overwrite=overwrite)
+    if not is_main():
+        return
+    if by_blocks is not None:  # whose tokens are healing's too
+        log = log.model_copy(update={"tokens": log.tokens + by_blocks.tokens})
     if as_json:
-        _print_json({"out": str(out), "healing": log.model_dump(mode="json")})
+        document = {"out": str(out), "reconstruction": None, "healing": log.model_dump(mode="json")}
+        if by_blocks is not None:
+            document["reconstruction"] = by_blocks.model_dump(mode="json")
+        _print_json(document)
         return
     out_console.print(f"healed on {log.tokens:,} tokens in {log.seconds:.0f} s; checkpoint: {out}")
 
@@ -412,6 +458,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Compress, heal, measure and save: everything a recipe says, in one run directory."""
+    join()
     results = run_pipeline(
         load_recipe(recipe, changes),
         out,
@@ -441,11 +488,86 @@ def demo(
     _show(results, out, as_json)
 
 
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a run directory, or its results.json")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="page to write; report.html in DIR if not given")
+    ] = None,
+) -> None:
+    """Write the page of a run anew from its results.json: one file, no network."""
+    out_console.print(f"report: {write_report(directory, out)}")
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="run directories")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="write comparison.html, .md, .csv and .json there")
+    ] = None,
+    allow_mixed: MixedOption = False,
+    with_rivals: Annotated[
+        bool, typer.Option("--with-rivals", help="the rivals of each run take part as well")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank runs, with intervals over seeds, Pareto fronts, and what differs between their recipes.
+
+    Runs of different teachers, texts or protocols are refused. Runs that differ in their seed alone are one line.
+    """
+    comparison = compare_runs(directories, allow_mixed, with_rivals)
+    if out is not None:
+        for path in write_comparison(comparison, out):
+            _say(f"comparison: {path}")
+    _show_comparison(comparison, as_json)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="built-in recipe or YAML file")],
+    over: Annotated[
+        list[str], typer.Option(metavar="PATH=V,V,…", help="a recipe field and its values; several make a grid")
+    ],
+    out: OutOption,
+    changes: SetOption = None,
+    resume: ResumeOption = False,
+    allow_mixed: MixedOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe with every combination of some fields' values, and compare the runs.
+
+    Each run has a folder of its own in DIR. With --resume finished ones are left as they are, and values may be added.
+    """
+    comparison = sweep_runs(
+        recipe,
+        over,
+        out,
+        changes=changes or [],
+        resume=resume,
+        allow_mixed=allow_mixed,
+        messages=MESSAGES,
+        command=_command(),
+    )
+    _show_comparison(comparison, as_json)
+
+
+def _show_comparison(comparison: Comparison, as_json: bool) -> None:
+    if as_json:
+        _print_json(comparison_json(comparison))
+        return
+    for line in [*comparison.mixed, *comparison.remarks]:
+        out_console.print(line)
+    for table in comparison_terminal(comparison):
+        out_console.print(table)
+
+
 def _command() -> list[str]:
     return ["kronpress", *sys.argv[1:]]
 
 
 def _show(results: dict[str, Any], out: Path, as_json: bool) -> None:
+    if not is_main():
+        return
     if as_json:
         _print_json(results)
         return
@@ -492,11 +614,13 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
             raise unknown_name("command", arguments[0], COMMANDS)
         if not app(arguments or ["--help"], prog_name="kronpress", standalone_mode=False):
+            leave()
             return 0
         code, message = 130, "interrupted"  # what typer makes of a keyboard interrupt
     except Exception as error:
         code, message = _explain(error)
         if debug:
             traceback.print_exc()
-    print(f"kronpress: error: {message}", file=sys.stderr)
+    which = f" in process {process_number()} of {num_processes()}" if num_processes() > 1 else ""
+    print(f"kronpress: error{which}: {message}", file=sys.stderr)
     return code

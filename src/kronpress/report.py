@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from kronpress.benchmark import Benchmark, ModelBenchmark, Speedup, Spread, Timing, Ways
 from kronpress.compression import LayerReport
 from kronpress.errors import RequestError
-from kronpress.healing import HealingRow
+from kronpress.healing import BlockReport, HealingRow
 from kronpress.plan import Plan
 
 # What is shown of an evaluation, by protocol: the figures that compare models, and what a single model has besides.
@@ -205,9 +206,21 @@ def _ways_table(title: str, ways: Ways) -> Table:
 
 
 def _sizes(spec: Iterable[tuple[str, Any]]) -> str:
+    """The sizes of a structure, those of a sum part after part."""
     return ", ".join(
-        "×".join(map(str, value)) if isinstance(value, tuple | list) else f"{field} {value}" for field, value in spec
+        _parts(value) if field == "parts" else _size(field, value)
+        for field, value in spec
+        if value is not None and not isinstance(value, bool)
     )
+
+
+def _size(field: str, value: Any) -> str:
+    return "×".join(map(str, value)) if isinstance(value, tuple | list) else f"{field} {value}"
+
+
+def _parts(parts: Iterable[Any]) -> str:
+    told = (dict(part) for part in parts)
+    return " + ".join(f"{part['structure']} {_sizes(dict(part['spec']).items())}" for part in told)
 
 
 def _speed_table(result: Benchmark, number: int) -> Table:
@@ -256,17 +269,32 @@ def _megabytes(num_bytes: int | None) -> str:
     return "–" if num_bytes is None else _three_digits(num_bytes / 1e6)
 
 
+def block_line(report: BlockReport) -> str:
+    """One line of progress of a reconstruction."""
+    errors = f"{report.relative_error_before:.4f} to {report.relative_error_after:.4f}"
+    return f"  block {report.block}  relative error {errors}  {report.seconds:.1f} s"
+
+
 def healing_line(row: HealingRow) -> str:
-    """One line of progress, under 80 columns unless inner layers are distilled."""
+    """One line of progress: the terms, the validation perplexity where it was measured, the speed and the time left.
+
+    Under 80 columns for two terms between measurements.
+    """
     left = f"{int(row.seconds_left) // 60}:{int(row.seconds_left) % 60:02d}"
     terms = f"lm {row.language_model_nats:.3f}"
     others = {
         "kl": row.distillation_nats,
+        "reverse kl": row.reverse_distillation_nats,
+        "js": row.jensen_shannon_nats,
         "emb": row.embedding_mse,
         "attn": row.attention_nats,
         "hid": row.hidden_mse,
     }
     terms += "".join(f", {name} {value:.3f}" for name, value in others.items() if value is not None)
+    if row.validation_nats is not None:
+        terms += f"  validation perplexity {math.exp(min(row.validation_nats, 700.0)):.2f}"
+    if row.skipped_steps:
+        terms += f"  {row.skipped_steps} skipped"
     return (
         f"  step {row.step}/{row.num_steps}  {terms}  rate {row.learning_rate:.1e}  "
         f"{row.tokens_per_second:,.0f} tok/s  {left} left"

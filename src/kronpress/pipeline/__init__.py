@@ -6,7 +6,9 @@ from kronpress.pipeline.compressing import (
     calibration_batch,
     compress_loaded_,
     compress_stages_,
+    planned_memory,
 )
+from kronpress.pipeline.sweeping import sweep
 from kronpress.pipeline.whole_run import Messages, continue_text, run, validation_tokens
 from kronpress.pipeline.working_folder import healing_folder
 
@@ -19,6 +21,8 @@ __all__ = [
     "compress_stages_",
     "continue_text",
     "healing_folder",
+    "planned_memory",
     "run",
+    "sweep",
     "validation_tokens",
 ]

@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,20 @@ from kronpress.checkpoint import (
 )
 from kronpress.errors import RequestError, unknown_name
 from kronpress.evaluation import evaluate, longest_context
-from kronpress.healing import HealingLog, HealingRow, heal_
+from kronpress.healing import (
+    HealingLog,
+    HealingRow,
+    ReconstructionLog,
+    expected_memory,
+    first_windows,
+    heal_,
+    num_tokens_read,
+    reconstruct_blocks_,
+)
 from kronpress.healing.checkpoints import write_whole
 from kronpress.healing.progress import METRICS, metrics_lines
-from kronpress.pipeline.compressing import Calibrated, calibrated, compress_loaded_
+from kronpress.pipeline.compressing import Calibrated, agreed, calibrated, compress_loaded_
+from kronpress.pipeline.shown import Passage, chance_energies, choose_passage, decode_speed, token_nats
 from kronpress.pipeline.working_folder import (
     STAGE_NOTE,
     check_not_begun,
@@ -41,7 +51,10 @@ from kronpress.pipeline.working_folder import (
 )
 from kronpress.plan import Plan
 from kronpress.planning import check_stages, make_plan, plan_stages
-from kronpress.recipe import Budget, Healing, Recipe, dump_recipe, load_recipe, recipe_names
+from kronpress.processes import from_main, in_main, is_main, join, wait_for_all
+from kronpress.recipe import Budget, Healing, Recipe, Reconstruction, dump_recipe, load_recipe, recipe_names
+from kronpress.report import block_line
+from kronpress.reporting import write_report
 from kronpress.rivals import RIVALS, Contender, dense_contender
 from kronpress.tokens import RunningText, TrainData, data_names, join_documents, load_running_text, load_train_data
 
@@ -79,7 +92,9 @@ def run(
 
     `out` appears when all is done, with recipe.yaml, plan.json, results.json and model/. Until then a hidden
     folder beside it keeps the training checkpoints (every `healing.save_steps` steps) from which `resume`
-    continues, and the rows of the training as they come. No other process may run with the same `out` meanwhile.
+    continues, and the rows of the training as they come. No other process may run with the same `out` meanwhile, but
+    for those that a launcher started together with this one: they share the fits and the training, and the main one
+    alone measures and writes.
 
     Args:
         command: the command line that asked for the run, kept in results.json.
@@ -93,20 +108,21 @@ def run(
         RequestError: the recipe does not fit the model, `out` is not empty or in use, or `resume` with another recipe.
         WorkError: a step failed; training checkpoints are kept.
     """
+    join()
     out = out.resolve()
     work = out.with_name(f".{out.name}.healing")
-    if resume and (out / "results.json").is_file() and not work.exists():
-        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    if from_main(lambda: resume and (out / "results.json").is_file() and not work.exists()):
+        results: dict[str, Any] = from_main(lambda: json.loads((out / "results.json").read_text(encoding="utf-8")))
         if results["recipe"] != recipe.model_dump(mode="json"):
             raise RequestError(f"{out} is a finished run of another recipe: choose another folder, or --overwrite it")
         messages.stage(f"{out} is a finished run: nothing to do")
         return results
-    continues = resume and work.exists()
+    continues: bool = from_main(lambda: resume and work.exists())
     if not continues:
-        check_writable(out, overwrite)
-    with only_run(work):
+        from_main(lambda: check_writable(out, overwrite))
+    with in_main(lambda: only_run(work)):
         if not continues:
-            check_not_begun(work, out, overwrite)
+            from_main(lambda: check_not_begun(work, out, overwrite))
         return _run(recipe, out, work, resume, continues, accept_changes, overwrite, messages, command)
 
 
@@ -130,27 +146,29 @@ def _run(
         check_stages(teacher.model, recipe)
     known: dict[str, Moments] = {}
     data = calibrated(recipe.parts[0], teacher, messages.stage, known)
-    plan = make_plan(teacher.model, recipe.parts[0], data.moments)
+    plan = agreed(make_plan(teacher.model, recipe.parts[0], data.moments))
     # All plans before any work: a budget that a rival cannot meet is a wrong request.
     final = plan if len(recipe.parts) == 1 else _last_plan(recipe, teacher, plan)
     budget = Budget(params=final.num_params)
     rival_recipes = {name: rival.model_copy(update={"budget": budget}) for name, rival in rival_recipes.items()}
     rival_data = {name: calibrated(rival, teacher, messages.stage, known) for name, rival in rival_recipes.items()}
     rival_plans = {
-        name: make_plan(teacher.model, rival, rival_data[name].moments) for name, rival in rival_recipes.items()
+        name: agreed(make_plan(teacher.model, rival, rival_data[name].moments)) for name, rival in rival_recipes.items()
     }
+    texts = _texts(recipe)
     arena = _Arena(
         recipe,
         teacher,
         _train_tokens(teacher.tokenizer, recipe, messages),
-        _texts(recipe),
+        texts,
+        choose_passage(texts[0], teacher.tokenizer, longest_context(teacher.model)),
         validation_tokens(teacher.tokenizer, recipe.healing),
         messages,
     )
 
     rows = [_measure(arena, dense_contender(teacher.model, plan), "dense")]
-    mark(work, recipe, accept_changes)
-    resumed_at_steps = note_resumption(work)
+    from_main(lambda: mark(work, recipe, accept_changes))
+    resumed_at_steps = from_main(lambda: note_resumption(work))
     main, stages = _compressed_and_healed(arena, plan, data, known, work, resume, accept_changes)
     rows += [row for stage in stages for row in stage["rows"]]
     final = Plan.model_validate(stages[-1]["plan"])
@@ -168,8 +186,10 @@ def _run(
         if rival.name != "dense":  # measured above
             rows.append(_measure(arena, rival, "compressed"))
         if rival.is_trained:
-            log, more = _heal(arena, rival, _rival_healing(name, recipe.healing))
-            rival_story["healing"] = log.model_dump(mode="json")
+            # The dense model's own blocks have nothing to reconstruct.
+            reconstruction = Reconstruction() if rival.name == "dense" else recipe.reconstruction
+            healed, more = _heal(arena, rival, _rival_healing(name, recipe.healing), reconstruction)
+            rival_story |= healed
             rows += more
         rivals.append({"rival": name, **rival_story})
 
@@ -183,16 +203,24 @@ def _run(
         "device": _device_name(),
         "seed": recipe.seed,
         "prompt": PROMPT,
+        "passage": arena.passage.to_json(),
         "rows": rows,
+        "speeds": arena.speeds,
         "recipe": recipe.model_dump(mode="json"),
         "plan": stages[-1]["plan"],
         "layers": {name: report for stage in stages for name, report in stage["layers"].items()},
+        "chance": chance_energies(final.layers),
+        "reconstruction": stages[-1]["reconstruction"],
         "healing": stages[-1]["healing"],
-        "stages": [{key: stage[key] for key in ("plan", "layers", "healing")} for stage in stages[:-1]],
+        "stages": [
+            {key: stage[key] for key in ("plan", "layers", "reconstruction", "healing")} for stage in stages[:-1]
+        ],
         "rivals": rivals,
         "resumed_at_steps": resumed_at_steps,
         "seconds": time.monotonic() - started,
     }
+    if not is_main():
+        return results
     # An interrupted run that is continued was allowed to replace what is in `out` when it began.
     replaceable = overwrite or (continues and (out / "results.json").is_file())
     with atomic_folder(out, overwrite=replaceable) as partial:
@@ -208,6 +236,8 @@ def _run(
         (partial / "results.json").write_text(
             json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+    # After the run is safe: what the page says can be made again from results.json.
+    messages.stage(f"report: {write_report(out)}")
     return results
 
 
@@ -219,15 +249,18 @@ class _Arena:
     teacher: LoadedModel
     tokens: TrainData | None
     texts: list[RunningText]
+    passage: Passage
     validation: Tensor | None
     messages: Messages
+    # Of each model but the dense one, by its name before it was healed, which changes no speed.
+    speeds: dict[str, Any] = field(default_factory=dict)
 
 
 def _last_plan(recipe: Recipe, teacher: LoadedModel, first: Plan) -> Plan:
     """What the last stage will leave, as far as it can be known before the stages before it have run."""
     if not recipe.rivals:
         return first
-    if any(part.allocation == "measured" for part in recipe.parts):
+    if any(part.allocation != "uniform" for part in recipe.parts):
         raise RequestError(
             f"rivals of {recipe.name!r} are to have its size, which is known only when its stages have run, since one "
             "of them measures its allocation: give the rivals runs of their own"
@@ -256,7 +289,7 @@ def _compressed_and_healed(
     stages: list[dict[str, Any]] = []
     for number, part in enumerate(parts, start=1):
         folder = work if len(parts) == 1 else work / f"stage-{number}"
-        if (folder / STAGE_NOTE).is_file() and resume:
+        if from_main(lambda folder=folder: (folder / STAGE_NOTE).is_file() and resume):  # type: ignore[misc]
             stages.append(json.loads((folder / STAGE_NOTE).read_text(encoding="utf-8")))
             plan = Plan.model_validate(stages[-1]["plan"])
             student = replace(student, model=load_model(str(folder / "model")).model)
@@ -264,20 +297,29 @@ def _compressed_and_healed(
             continue
         if number > 1:
             data = calibrated(part, student, arena.messages.stage, known)
-            plan = make_plan(student.model, part, data.moments, before=plan)
+            plan = agreed(make_plan(student.model, part, data.moments, before=plan))
         name = recipe.name if number == len(parts) else f"{recipe.name}, stage {number} of {len(parts)}"
         story = _compress_(arena, student, part, plan, data, f", stage {number}" if recipe.stages else "")
         contender = _contender(name, student, plan)
         rows = [_measure(arena, contender, "compressed")]
         read = sum(earlier.healing.num_tokens for earlier in parts[: number - 1])
-        log, more = _heal(
-            arena, contender, part.healing, work=folder, resume=resume, accept_changes=accept_changes, read=read
+        healed, more = _heal(
+            arena,
+            contender,
+            part.healing,
+            part.reconstruction,
+            work=folder,
+            resume=resume,
+            accept_changes=accept_changes,
+            read=read,
         )
-        stages.append({"rows": rows + more, **story, "healing": log.model_dump(mode="json")})
+        stages.append({"rows": rows + more, **story, **healed})
         if number < len(parts) and part.healing.save_steps is not None:
-            write_model(student.model, student.tokenizer, folder / "model", None)
+            if is_main():
+                write_model(student.model, student.tokenizer, folder / "model", None)
+                write_whole(folder / STAGE_NOTE, json.dumps(stages[-1]))
+            wait_for_all()
             student.model.config.dtype = arena.teacher.dtype  # that of the working precision was written there
-            write_whole(folder / STAGE_NOTE, json.dumps(stages[-1]))
     return contender, stages
 
 
@@ -307,21 +349,32 @@ def _heal(
     arena: _Arena,
     contender: Contender,
     healing: Healing,
+    reconstruction: Reconstruction,
     work: Path | None = None,
     resume: bool = False,
     accept_changes: bool = False,
     read: int = 0,
-) -> tuple[HealingLog, list[dict[str, Any]]]:
-    """Train the contender in place; the log, and the row of what it became if there was any training.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train the contender in place, block by block if that is asked for and then as a whole.
+
+    Returns:
+        What results.json says of both, with the tokens of both in the healing's, and the row of what the contender
+        became if there was any training.
 
     Args:
         read: how many of the tokens it was trained on before; it is trained on the next, or on all if they are too few.
     """
+    needed = num_tokens_read(healing, reconstruction)
+    data = TrainData.of(torch.empty(0)) if arena.tokens is None else arena.tokens.after(read, needed)
+    reconstructed = _reconstruct_(arena, contender, data, healing, reconstruction, work, resume)
     arena.messages.stage(f"healing {contender.name}, {healing.num_steps} steps")
+    expected = expected_memory(contender.model, arena.teacher.model, healing) if healing.num_steps else None
+    if expected is not None:
+        arena.messages.stage(f"which takes about {expected}")
     log = heal_(
         contender.model,
         arena.teacher.model,
-        torch.empty(0) if arena.tokens is None else arena.tokens.after(read, healing.num_tokens),
+        data,
         healing,
         seed=arena.recipe.seed,
         work_dir=work,
@@ -331,10 +384,48 @@ def _heal(
         progress=arena.messages.healing,
         messages=arena.messages.stage,
     )
+    story: dict[str, Any] = {"reconstruction": None, "healing": log.model_dump(mode="json")}
+    if reconstructed is not None:
+        by_blocks, row = reconstructed
+        story["reconstruction"] = {**by_blocks.model_dump(mode="json"), "metrics": row["metrics"]}
+        story["healing"]["tokens"] += by_blocks.tokens
     if log.num_steps == 0:
-        return log, []
+        return story, [] if reconstructed is None else [row]
     _round_to_(contender.model, arena.teacher.dtype)
-    return log, [_measure(arena, contender, "healed")]
+    return story, [_measure(arena, contender, "healed")]
+
+
+def _reconstruct_(
+    arena: _Arena,
+    contender: Contender,
+    data: TrainData,
+    healing: Healing,
+    settings: Reconstruction,
+    work: Path | None,
+    resume: bool,
+) -> tuple[ReconstructionLog, dict[str, Any]] | None:
+    """Reconstruct the contender's blocks in place, on the first windows of its healing, if that is asked for.
+
+    Returns:
+        The log, and the row of what the contender became.
+    """
+    if settings.steps == 0:
+        return None
+    arena.messages.stage(f"reconstructing the blocks of {contender.name}, {settings.steps} steps each")
+    log = reconstruct_blocks_(
+        contender.model,
+        arena.teacher.model,
+        first_windows(data, healing.sequence_length, arena.recipe.seed, settings.windows),
+        settings,
+        seed=arena.recipe.seed,
+        work_dir=work,
+        resume=resume,
+        progress=lambda report: arena.messages.stage(block_line(report)),
+        messages=arena.messages.stage,
+    )
+    arena.messages.stage(f"reconstructed on {log.tokens:,} tokens, which count as healing's, in {log.seconds:.0f} s")
+    _round_to_(contender.model, arena.teacher.dtype)
+    return log, _measure(arena, contender, "reconstructed")
 
 
 def _rival_recipe(name: str, recipe: Recipe) -> Recipe:
@@ -344,7 +435,7 @@ def _rival_recipe(name: str, recipe: Recipe) -> Recipe:
     rival = load_recipe(name)
     if rival.stages:
         raise RequestError(f"rival {name!r} has stages: give it a run of its own")
-    kept = ("model", "revision", "seed", "calibration", "healing", "evaluation")
+    kept = ("model", "revision", "seed", "calibration", "reconstruction", "healing", "evaluation")
     changes = {key: getattr(recipe, key) for key in kept}
     if name in recipe_names() and not rival.has_fixed_sizes:  # any targets will do for it
         changes["targets"] = recipe.all_targets
@@ -369,10 +460,11 @@ def _round_to_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _train_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, messages: Messages) -> TrainData | None:
     """What the recipe heals on; None if it does not heal."""
     healing = recipe.healing
-    if healing.num_steps == 0:
+    needed = max(num_tokens_read(healing, part.reconstruction) for part in recipe.parts)
+    if needed == 0:
         return None
     messages.stage(f"reading {data_names(healing.data)}")
-    return load_train_data(tokenizer, healing.data, healing.num_tokens, healing.sequence_length)
+    return load_train_data(tokenizer, healing.data, needed, healing.sequence_length)
 
 
 def validation_tokens(tokenizer: PreTrainedTokenizerBase, healing: Healing) -> Tensor | None:
@@ -391,9 +483,14 @@ def _texts(recipe: Recipe) -> list[RunningText]:
 
 
 def _measure(arena: _Arena, contender: Contender, stage: str) -> dict[str, Any]:
-    """One row of the table; `stage` is dense, compressed or healed."""
+    """One row of the table, measured by the main process; `stage` is dense, compressed, reconstructed or healed."""
+    row: dict[str, Any] = from_main(lambda: _measured(arena, contender, stage))
+    return row
+
+
+def _measured(arena: _Arena, contender: Contender, stage: str) -> dict[str, Any]:
     trained = "trained further" if contender.name == "dense" else "healed"
-    name = f"{contender.name}, {trained}" if stage == "healed" else contender.name
+    name = f"{contender.name}, {trained}" if stage in ("healed", "reconstructed") else contender.name
     arena.messages.stage(f"measuring {name}")
     evaluation, tokenizer = arena.recipe.evaluation, arena.teacher.tokenizer
     metrics = {
@@ -408,6 +505,10 @@ def _measure(arena: _Arena, contender: Contender, stage: str) -> dict[str, Any]:
         ).to_json()
         for text in arena.texts
     }
+    # Healing changes no speed, and numbers that are merely rounded have none of their own.
+    if evaluation.speed and stage == "compressed" and contender.is_trained:
+        arena.messages.stage(f"timing {name}")
+        arena.speeds[name] = decode_speed(contender.model, arena.teacher.model)
     return {
         "name": name,
         "stage": stage,
@@ -416,6 +517,7 @@ def _measure(arena: _Arena, contender: Contender, stage: str) -> dict[str, Any]:
         "flops_per_token": contender.flops_per_token,
         "metrics": metrics,
         "continuation": continue_text(contender.model, tokenizer, PROMPT),
+        "passage_nats": token_nats(contender.model, arena.passage),
     }
 
 
