@@ -136,10 +136,12 @@ def healing(**changes: Any) -> Healing:
 def read_in(model: Any, data: Any, settings: Healing, **more: Any) -> Tensor:
     """The sequences that the model reads while it is healed on its own text, pass after pass."""
     seen: list[Tensor] = []
-    handle = model.register_forward_pre_hook(
-        lambda _, __, given: seen.append(given["input_ids"]) if given["input_ids"].shape[1] == LENGTH else None,
-        with_kwargs=True,
-    )
+
+    def read(_: Any, given: tuple[Tensor, ...]) -> None:
+        if given[0].shape[1] == LENGTH:
+            seen.append(given[0])
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(read)
     kp.heal_(model, None, data, settings, **more)
     handle.remove()
     return torch.cat(seen)
