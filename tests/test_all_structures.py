@@ -323,7 +323,8 @@ def test_what_is_done_is_not_measured_again_and_the_page_shows_it(tmp_path, monk
 
 def test_a_row_that_fails_is_told_and_the_others_are_kept(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(all_structures, "all_rows", lambda: little("low rank (SVD)"))
+    rows = little("low rank (SVD)")
+    monkeypatch.setattr(all_structures, "all_rows", lambda: rows)
 
     def measure(row, job):
         if row["name"] != "dense":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def build() -> Callable[[str], PreTrainedModel]:
         auto, config = NETWORKS[network]
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = auto.from_config(config).eval()
+            model = auto.from_config(copy.deepcopy(config)).eval()
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter += 0.1 * torch.randn_like(parameter)

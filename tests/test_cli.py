@@ -192,7 +192,8 @@ def test_heal_trains_with_the_teacher_and_writes_the_healed_checkpoint(shop, tmp
     given = "heal", shop.compressed, "--teacher", shop.dense, "--data", shop.text, *shop.healing
     ended = call(*given, "--out", tmp_path / "out", "--json")
     document = json.loads(ended.out)
-    assert len(ended.err.splitlines()) == 2
+    assert ended.err.startswith("healing takes about ")
+    assert len(ended.err.splitlines()) == 3
     assert document["out"] == str(tmp_path / "out")
     assert document["healing"]["num_steps"] == 2
     assert document["healing"]["rows"][0]["distillation_nats"] > 0

@@ -23,7 +23,7 @@ from kronpress.evaluation import LONGEST_DEFAULT_WINDOW, PROTOCOLS, check_vocabu
 from kronpress.export import FORMATS, export_checkpoint
 from kronpress.families import GEOMETRIES
 from kronpress.harness import find_tasks, run_tasks
-from kronpress.healing import expected_memory, first_windows, heal_, num_tokens_read, reconstruct_blocks_
+from kronpress.healing import first_windows, heal_, num_tokens_read, reconstruct_blocks_
 from kronpress.pipeline import Messages, calibrated, compress_stages_, healing_folder, planned_memory, validation_tokens
 from kronpress.pipeline import run as run_pipeline
 from kronpress.pipeline import sweep as sweep_runs
@@ -142,7 +142,7 @@ def plan(
     else:
         config = load_config(model, resolved.revision)
         made = make_plan(config, resolved)
-        expected = planned_memory(config, made, resolved)
+        expected = None if as_json else planned_memory(config, made, resolved)
         if expected is not None:
             _say(f"healing takes about {expected}")
     if measured is not None and plot is not None:
@@ -259,9 +259,6 @@ def heal(
     check_vocabulary(student.model, student.tokenizer)
     tokens = load_train_data(student.tokenizer, resolved.healing.data, num_tokens, resolved.healing.sequence_length)
     validation = validation_tokens(student.tokenizer, resolved.healing)
-    expected = expected_memory(student.model, dense.model, resolved.healing)
-    if expected is not None:
-        _say(f"healing takes about {expected}")
     with in_main(lambda: healing_folder(out, resume, overwrite)) as work:
         by_blocks = None
         if resolved.reconstruction.steps:

@@ -160,6 +160,9 @@ def heal_(
     if known is not None and largest >= known:
         raise RequestError(f"token {largest} in the text: the model knows {known} tokens")
 
+    expected = expected_memory(model, teacher if asked else None, healing)
+    if expected is not None:
+        messages(f"healing takes about {expected}")
     switched = [each for each in (model, teacher) if each is not None and "attention_weight" in asked]
     with ExitStack() as during:
         if work_dir is None:

@@ -32,7 +32,6 @@ from kronpress.healing import (
     HealingLog,
     HealingRow,
     ReconstructionLog,
-    expected_memory,
     first_windows,
     heal_,
     num_tokens_read,
@@ -368,9 +367,6 @@ def _heal(
     data = TrainData.of(torch.empty(0)) if arena.tokens is None else arena.tokens.after(read, needed)
     reconstructed = _reconstruct_(arena, contender, data, healing, reconstruction, work, resume)
     arena.messages.stage(f"healing {contender.name}, {healing.num_steps} steps")
-    expected = expected_memory(contender.model, arena.teacher.model, healing) if healing.num_steps else None
-    if expected is not None:
-        arena.messages.stage(f"which takes about {expected}")
     log = heal_(
         contender.model,
         arena.teacher.model,

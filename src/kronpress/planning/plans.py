@@ -69,8 +69,7 @@ def make_plan(
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else meta_model(model_or_config)
     config = getattr(model_or_config, "config", model_or_config)
-    is_compressed = structured_layers(model) or getattr(config, "quantization_config", None) is not None
-    if is_compressed and before is None:
+    if before is None and _is_compressed(model, config, isinstance(model_or_config, nn.Module)):
         raise RequestError("the model is compressed or quantised already: plan and compress the dense one it came from")
     if recipe.stages:
         return plan_stages(model, recipe)[-1]
@@ -172,6 +171,25 @@ def make_plan(
         bytes=num_params * dtype.itemsize
         + 8 * sum(layer.num_indices for layer in [*earlier.values(), *planned.values()]),
         bytes_dense=dense.num_params * dtype.itemsize,
+    )
+
+
+def _is_compressed(model: nn.Module, config: Any, is_module: bool) -> bool:
+    """Whether there is nothing dense to begin with.
+
+    A configuration says so itself. One that a model shares with another that was compressed says nothing of this one:
+    what counts there are its layers, structured or narrower than the plan in the configuration found them.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not is_module or stored is None:
+        return bool(structured_layers(model)) or stored is not None
+    plan = getattr(stored, "plan", None)
+    if plan is None:  # of another method
+        return True
+    layers = dict(model.named_modules())
+    narrow = reduced_shapes(Plan.model_validate(plan).layers)
+    return bool(structured_layers(model)) or any(
+        sorted(layers[name].weight.shape) == sorted(shape) for name, shape in narrow.items()
     )
 
 
