@@ -1,14 +1,17 @@
 """How low healing goes with how many tokens: every objective from two compressed starts, and the default of `auto`.
 
-    python benchmarks/healing_curves.py run --tokens DIR0/tokens.bin --work DIR --out benchmarks/results/healing_curves.json
+    python benchmarks/healing_curves.py run --tokens tokens.bin --work DIR --out benchmarks/results/healing_curves.json
     python benchmarks/healing_curves.py render > docs/results/healing.md
 
-`pocket` by `krony-96m` and by `auto` at its number of parameters. Each objective trains the same start on the same tokens in the
-same order, at the best of three rates by trials on a fifth of the tokens and the validation books. The language model alone, as Krony-PT
-heals, then has five times these tokens, at the best of the three rates on the tokens themselves, and so has the dense model, trained further; the default and the language model with
-three seeds, which decide the order of the text. The training text is what `scripts/train_pocket.py tokens` writes. DIR keeps
-the starts and the runs that are done, so that what was stopped goes on.
-"""  # noqa: E501
+`pocket` by `krony-96m` and by `auto` at its number of parameters. Each objective trains the same start on the same
+tokens in the same order, at the best of four rates by trials on a fifth of the tokens and the validation books. The
+language model alone, as Krony-PT heals, then has five times these tokens, at the best of the four rates on the tokens
+themselves, and so has the dense model, trained further; the default and the language model with three seeds, which
+decide the order of the text. Since five times the tokens may not be enough for the language model to be done, it has
+once as many as UNTIL_FLAT says, and the default a fifth of these. The training text is what
+`scripts/train_pocket.py tokens` writes. DIR keeps the starts and the runs that are done, so that what was stopped goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,15 @@ from kronpress.tokens import pack
 
 STARTS = {"krony-96m": ("krony-96m", []), "auto": ("auto", ["targets=blocks", "budget.params=2620440"])}
 # Per start, since one is far from the dense model and the other near to it.
-RATES = {"krony-96m": (5e-4, 1e-3, 2e-3), "auto": (2e-4, 4e-4, 8e-4), "dense": (1e-4, 2e-4, 4e-4)}
-# Of an optimiser all of whose steps are as large as Adam's largest.
-OF_MUON = 2
+RATES = {
+    "krony-96m": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "auto": (5e-5, 1e-4, 2e-4, 4e-4),
+    "dense": (2.5e-5, 5e-5, 1e-4, 2e-4),
+}
+# Of rates that are those of W, and less for most factors.
+OF_MOVEMENT = 2
+# How many times the tokens of the short runs the language model has once.
+UNTIL_FLAT = {"krony-96m": 80, "auto": 40}
 LANGUAGE_MODEL, DEFAULT = "language model", "default"
 OBJECTIVES: dict[str, dict[str, float]] = {
     LANGUAGE_MODEL: {"language_model_weight": 1.0},
@@ -63,7 +72,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def rates_of(start: str, name: str) -> list[float]:
     """The rates tried; equally many for every objective."""
-    factor = OF_MUON if objective(name).get("optimizer") == "muon" else 1
+    factor = OF_MOVEMENT if objective(name).get("rates") == "movement" else 1
     return [factor * rate for rate in RATES[start]]
 
 
@@ -106,13 +115,19 @@ def short_runs(start: str, num_tokens: int, results: list[Run]) -> list[Run]:
 
 
 def long_runs(start: str, num_tokens: int, results: list[Run]) -> list[Run]:
-    """The language model on five times the tokens, and the default, each with all seeds; of the dense model one run."""
+    """The language model on five times the tokens, and the default, each with all seeds; and both once with far more.
+
+    Of the dense model one run.
+    """
     if start == "dense":
         rate = best_rates(results, start, num_tokens // FACTOR)[LANGUAGE_MODEL]
         return [one(start, LANGUAGE_MODEL, FACTOR * num_tokens, rate)]
     rates = best_rates(results, start, num_tokens)
     long = [one(start, LANGUAGE_MODEL, FACTOR * num_tokens, rates[LANGUAGE_MODEL], seed) for seed in SEEDS]
-    return long + [one(start, DEFAULT, num_tokens, rates[DEFAULT], seed) for seed in SEEDS if seed]
+    long += [one(start, DEFAULT, num_tokens, rates[DEFAULT], seed) for seed in SEEDS if seed]
+    most = UNTIL_FLAT[start] * num_tokens
+    long += [one(start, LANGUAGE_MODEL, most, rates[LANGUAGE_MODEL])]
+    return [*long, one(start, DEFAULT, most // FACTOR, rates[DEFAULT])]
 
 
 def best_rates(results: list[Run], start: str, num_tokens: int) -> dict[str, float]:
@@ -231,9 +246,9 @@ def run(
     tokens: Annotated[Path, typer.Option(help="training text, token ids of 16 bits", exists=True, dir_okay=False)],
     work: Work,
     out: Out,
-    num_tokens: Annotated[int, typer.Option(help="tokens of the short runs; the long ones have five times as many")] = (
-        98_304
-    ),
+    num_tokens: Annotated[
+        int, typer.Option(help="tokens of the short runs; the long ones have 5 and up to 80 times as many")
+    ] = (98_304),
     processes: Processes = CORES,
 ) -> None:
     """All runs: the trials of all rates first, then what is long or has other seeds."""

@@ -11,6 +11,8 @@ FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "healing_curves.png"
 LANGUAGE_MODEL, DEFAULT = "language model", "default"
 # What a training gains at most in its last tenth once it is called flat, in nats.
 FLAT = 0.005
+# The default and the language model alone are compared where this has about five times the tokens.
+MOST_TIMES = 5
 Run = dict[str, Any]
 
 
@@ -61,7 +63,6 @@ def _section(results: dict[str, Any], start: str, dense: float) -> list[str]:
     runs, short = results["runs"], results["num_tokens"]
     mine = [run for run in runs if run["start"] == start]
     objectives = list(dict.fromkeys(run["objective"] for run in mine if run["tokens"] == short))
-    long = max(run["tokens"] for run in mine)
     before = results["starts"][start]
     lines = [
         f"## From `{start}`" if start != "dense" else "## The dense model, trained further",
@@ -74,13 +75,24 @@ def _section(results: dict[str, Any], start: str, dense: float) -> list[str]:
     for name in objectives:
         several = of_all_seeds(runs, start, name, short) if name == DEFAULT else [best_trial(runs, start, name, short)]
         lines.append(_row(name, several, dense))
-    many = [run for run in mine if run["tokens"] == long]
-    lines.append(
-        _row(f"{LANGUAGE_MODEL}, {long // short} times the tokens", sorted(many, key=lambda r: r["seed"]), dense)
-    )
-    if start != "dense":
-        lines += ["", _verdict(of_all_seeds(runs, start, DEFAULT, short), many)]
+    longer = _longer(mine, short)
+    for many in longer:
+        times = many[0]["tokens"] / short
+        lines.append(_row(f"{many[0]['objective']}, {times:g} times the tokens", many, dense))
+    for theirs in (many for many in longer if start != "dense" and many[0]["objective"] == LANGUAGE_MODEL):
+        for tokens in sorted({run["tokens"] for run in mine if run["objective"] == DEFAULT}):
+            if tokens < theirs[0]["tokens"] <= MOST_TIMES * tokens:
+                lines += ["", _verdict(of_all_seeds(runs, start, DEFAULT, tokens), theirs)]
     return [*lines, ""]
+
+
+def _longer(mine: list[Run], short: int) -> list[list[Run]]:
+    """The runs of more tokens than the short ones, those of equal settings together, the shortest first."""
+    found: dict[tuple[int, str], list[Run]] = {}
+    for run in sorted(mine, key=lambda run: (run["tokens"], run["objective"], run["seed"])):
+        if run["tokens"] > short:
+            found.setdefault((run["tokens"], run["objective"]), []).append(run)
+    return list(found.values())
 
 
 def _verdict(default: list[Run], language_model: list[Run]) -> str:
@@ -96,8 +108,7 @@ def _verdict(default: list[Run], language_model: list[Run]) -> str:
     )
     return (
         f"With 1/{factor:g} of the tokens the default {word} the loss of the language model alone, {flat}: "
-        f"{ours:.4f} against {theirs:.4f} nats on the validation books, means over {len(default)} and "
-        f"{len(language_model)} seeds."
+        f"{ours:.4f} against {theirs:.4f} nats on the validation books; {len(default)} and {len(language_model)} seeds."
     )
 
 
@@ -127,7 +138,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
     further = max(dense, key=lambda run: run["tokens"])
     for axis, start in zip(axes, starts, strict=True):
         mine = [run for run in runs if run["start"] == start]
-        long = max(run["tokens"] for run in mine)
         names = list(dict.fromkeys(run["objective"] for run in mine if run["tokens"] == short))
         for number, name in enumerate(names):
             is_default = name == DEFAULT
@@ -140,10 +150,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     2.2 if is_default else 1.2,
                     name if run is best or run["seed"] == 0 else None,
                 )
-        for run in mine:
-            if run["tokens"] == long:
-                label = f"{LANGUAGE_MODEL}, {long // short}× the tokens" if run["seed"] == 0 else None
-                _line(axis, run, "C0", 1.6, label, "--")
+        for many in _longer(mine, short):
+            name = many[0]["objective"]
+            label = f"{name}, {many[0]['tokens'] / short:g}× the tokens"
+            for run in many:
+                _line(axis, run, f"C{names.index(name)}", 1.6, label if run is many[0] else None, "--")
         _line(axis, further, "black", 1.2, "dense, trained further", ":")
         axis.set(xscale="log", xlabel="healing tokens", ylabel="perplexity, validation books", title=f"from {start}")
         axis.set_yscale("log")
@@ -182,7 +193,7 @@ def page(path: Path, figure: Path) -> str:
         f"From `benchmarks/results/{path.name}`",
         f"(`{results['command']}`).",
         "Every objective trains the same compressed `pocket` on the same tokens,",
-        f"{results['sequences_per_step']} sequences of {results['sequence_length']} a step, with the best of three",
+        f"{results['sequences_per_step']} sequences of {results['sequence_length']} a step, with the best of four",
         "rates by trials on a fifth of them and the validation books; the test books are only reported. Every run has",
         "its own cosine to a tenth of its rate. Of several seeds the mean is given, and the least and greatest.",
         "",

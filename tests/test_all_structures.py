@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import kronpress as kp
 from kronpress import RequestError
 from kronpress.candidates import DENSE, FITTED, Choice, choose, screen
+from kronpress.layers import StructuredLinear
 from kronpress.matrices import STRUCTURES
 from kronpress.matrices.metric import Metric
 from kronpress.plan import LayerPlan
@@ -266,6 +267,27 @@ def test_what_was_picked_stands_beside_the_best_of_every_other_structure_of_its_
                 if row.structure == structure and row.num_params <= each["num_params"]
             ]
             assert other["predicted_rise"] == min(rises)
+
+
+@pytest.mark.parametrize("num_cores", [2, 3])
+def test_what_is_slow_by_its_factors_trains_the_same_through_its_weight(tiny_model, num_cores):
+    model = tiny_model("gpt2")
+    changes = ["structure=tensor_train", f"spec.num_cores={num_cores}", "budget.kept_of_targets=0.8"]
+    kp.compress_(model, kp.make_plan(model, kp.load_recipe("low-rank", changes)))
+    ids = torch.arange(24).reshape(2, 12) % model.config.vocab_size
+    parameters = list(model.parameters())
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters)
+
+    expected, names = gradients(), set(model.state_dict())
+    with all_structures.by_dense_weights(model):
+        layers = [layer for layer in model.modules() if isinstance(layer, StructuredLinear)]
+        assert layers and all("forward" in vars(layer) for layer in layers)
+        for found, wanted in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert set(model.state_dict()) == names
+    assert not any("forward" in vars(layer) for layer in layers)
 
 
 # ---- running and showing ----

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 
 from kronpress import RequestError
-from kronpress.allocation import allocate
+from kronpress.allocation import allocate, least_params
 
 
 @st.composite
@@ -82,6 +82,66 @@ def test_a_known_choice_is_never_left_for_a_worse_one(problem, data):
     assert found.error <= float(sum(costs[name][place] for name, place in places.items()))
     assert found.error <= allocate(sizes, costs, budget).error
     assert found.lower_bound <= found.error + 1e-9
+
+
+@st.composite
+def problems_with_groups(draw: st.DrawFn) -> tuple[dict[str, list[int]], dict[str, list[float]], dict[str, list[str]]]:
+    sizes, costs, _ = draw(problems())
+    names = draw(st.permutations(list(sizes)))
+    cut = draw(st.integers(0, len(names)))
+    groups = {f"g{i}": part for i, part in enumerate((names[:cut], names[cut:])) if part}
+    for group in groups:
+        count = draw(st.integers(0, 4))
+        sizes[group] = draw(st.lists(st.integers(1, 80), min_size=count, max_size=count))
+        costs[group] = draw(st.lists(st.floats(0, 20), min_size=count, max_size=count))
+    return sizes, costs, groups
+
+
+def every_choice(sizes: dict[str, list[int]], groups: dict[str, list[str]]) -> list[dict[str, int]]:
+    """Of each group either one of its candidates or one of each of its members'."""
+    in_groups = {name for names in groups.values() for name in names}
+    parts = [[[name]] for name in sizes if name not in in_groups and name not in groups]
+    parts += [[names, [group]] for group, names in groups.items()]
+    return [
+        dict(zip(names, places, strict=True))
+        for taken in product(*parts)
+        for names in [[name for part in taken for name in part]]
+        for places in product(*(range(len(sizes[name])) for name in names))
+    ]
+
+
+@given(problem=problems_with_groups(), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_groups_against_every_choice(problem, data):
+    sizes, costs, groups = problem
+    choices = every_choice(sizes, groups)
+
+    def total(choice: dict[str, int], of: dict[str, list[float]] | dict[str, list[int]]) -> float:
+        return sum(of[name][place] for name, place in choice.items())
+
+    totals = sorted(int(total(choice, sizes)) for choice in choices)
+    assert least_params(sizes, groups) == totals[0]
+    budget = data.draw(st.integers(totals[0], totals[-1]), label="budget")
+    within = [choice for choice in choices if total(choice, sizes) <= budget]
+    known = data.draw(st.sampled_from(within), label="known")
+    optimum = min(total(choice, costs) for choice in within)
+    for given in (None, known):
+        found = allocate(sizes, costs, budget, given, groups)
+        assert found.chosen in choices
+        assert found.num_params == total(found.chosen, sizes) <= budget
+        assert found.error == pytest.approx(total(found.chosen, costs))
+        assert found.lower_bound <= optimum + 1e-9 <= found.error + 2e-9
+    assert found.error <= total(known, costs)
+
+
+def test_a_group_takes_the_place_of_its_members():
+    sizes, costs = {"a": [4, 1], "b": [4, 1], "both": [3]}, {"a": [0.0, 5.0], "b": [0.0, 5.0], "both": [1.0]}
+    groups = {"both": ["a", "b"]}
+    assert allocate(sizes, costs, 4, None, groups).chosen == {"both": 0}
+    assert allocate(sizes, costs, 8, None, groups).chosen == {"a": 0, "b": 0}
+    assert allocate(sizes, costs, 2, None, groups).chosen == {"a": 1, "b": 1}
+    # From the members, when the group is found to be within what is left.
+    assert allocate(sizes, costs, 4, {"a": 1, "b": 1}, groups).chosen == {"both": 0}
 
 
 @given(problem=problems(), data=st.data())

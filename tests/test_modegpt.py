@@ -20,6 +20,7 @@ from kronpress import RequestError, WorkError
 from kronpress.calibration.batches import checked_batches, divide
 from kronpress.calibration.similarity import block_similarities
 from kronpress.checkpoint import attached_plan, load_model, save_checkpoint
+from kronpress.matrices.metric import Metric
 from kronpress.plan import ReducedLayerPlan
 from kronpress.planning import Totals
 from kronpress.reduction import blocks_of, reduced_fractions
@@ -30,6 +31,7 @@ from kronpress.reduction.decompositions import (
     leverage_scores,
     most,
     nystrom,
+    ordered_units,
     subspace,
 )
 
@@ -98,6 +100,60 @@ def test_leverage_scores_are_the_diagonal_of_a_ridge_regression(s: Tensor) -> No
     wanted = (c @ torch.linalg.inv(ridged)).diagonal()
     torch.testing.assert_close(leverage_scores(c), wanted, rtol=1e-8, atol=1e-10)
     assert leverage_scores(torch.zeros(3, 3)).tolist() == [0, 0, 0]
+
+
+@st.composite
+def units_with_a_metric(draw: st.DrawFn) -> tuple[Tensor, Metric]:
+    """W (m, h) and a metric, some units of which are linear in others or never active."""
+    s = draw(samples())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    if draw(st.booleans()):
+        s[:, 0] = s[:, -1] * 2 if draw(st.booleans()) else 0
+    outputs = draw(st.integers(1, 6))
+    weight = torch.randn(outputs, s.shape[1], generator=generator, dtype=torch.float64)
+    gradients = torch.randn(outputs + 2, outputs, generator=generator, dtype=torch.float64)
+    kinds = {"none": None, "full": gradients.mT @ gradients, "diagonal": gradients.square().sum(0)}
+    return weight, Metric(s.mT @ s / len(s), kinds[draw(st.sampled_from(list(kinds)))])
+
+
+def lost_without(weight: Tensor, metric: Metric, kept: Tensor) -> float:
+    """By the least-squares solution itself."""
+    assert metric.input is not None
+    nearest = torch.zeros_like(weight).index_copy(1, kept, nystrom(weight, metric.input, kept))
+    return metric.squared_norm(weight - nearest)
+
+
+@given(units_with_a_metric())
+@settings(max_examples=50, deadline=None)
+def test_units_are_in_the_order_of_greedy_selection_and_what_is_lost_is_known_for_every_number(problem) -> None:
+    weight, metric = problem
+    order, lost = ordered_units(weight, metric)
+    size = weight.shape[1]
+    assert sorted(order.tolist()) == list(range(size))
+    whole = lost[0].item()
+    for count in range(size + 1):
+        assert lost[count].item() == pytest.approx(lost_without(weight, metric, order[:count]), abs=1e-9 * whole)
+        if count < size:  # no other unit would have left less
+            least = min(
+                lost_without(weight, metric, torch.cat([order[:count], torch.tensor([unit])]))
+                for unit in order[count:].tolist()
+            )
+            assert lost[count + 1].item() <= least + 1e-9 * whole
+
+
+def test_of_many_units_several_are_put_in_order_at_once_and_the_loss_is_nearly_that_of_one_by_one(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(900, 96, generator=generator, dtype=torch.float64)
+    s = (hidden @ torch.randn(96, 300, generator=generator, dtype=torch.float64)).relu()
+    s[:, 100] = s[:, 7]
+    weight, metric = torch.randn(20, 300, generator=generator, dtype=torch.float64), Metric(s.mT @ s / 900)
+    one_by_one = ordered_units(weight, metric)[1]
+    monkeypatch.setattr("kronpress.reduction.decompositions.UNITS_AT_ONCE", 8 / 300)
+    order, lost = ordered_units(weight, metric)
+    for count in (30, 100, 200):
+        assert lost[count].item() == pytest.approx(lost_without(weight, metric, order[:count]), rel=1e-6)
+        assert one_by_one[count] <= lost[count] <= 1.05 * one_by_one[count]
+    assert {7, 100} - {*order[:200].tolist()}  # of the same unit twice one is enough
 
 
 def test_the_most_are_in_ascending_places() -> None:
@@ -561,3 +617,116 @@ def test_the_recipe_plans_gpt2_by_measuring_it() -> None:
         kp.make_plan(GPT2Config(), named)
     plan = kp.make_plan(GPT2Config(), kp.load_recipe("modegpt", ["allocation=uniform"]))
     assert 0.699 < plan.kept_of_targets <= 0.7
+
+
+# ---- as one of the candidates of `auto` ----
+
+
+def automatic(kept: float, candidates: list[str], **changes: Any) -> kp.Recipe:
+    """`auto` with these candidates."""
+    return kp.load_recipe(
+        {
+            "name": "tiny-auto",
+            "targets": "blocks",
+            "structure": "auto",
+            "candidates": candidates,
+            "allocation": "measured",
+            "weighting": {"metric": "loss"},
+            "calibration": {"held_out": 0},
+            "budget": {"kept_of_targets": kept},
+            **changes,
+        }
+    )
+
+
+def by(given: kp.Recipe, dense: PreTrainedModel) -> tuple[PreTrainedModel, kp.Plan, dict[str, Any]]:
+    model = copy.deepcopy(dense)
+    moments = kp.calibrate(model, [TOKENS], given)
+    plan = kp.make_plan(model, given, moments)
+    return model, plan, kp.compress_(model, plan, moments=moments, batches=[TOKENS])
+
+
+@every_family
+@pytest.mark.parametrize("sequential", [False, True])
+def test_auto_leaves_units_out_where_that_costs_the_least(
+    family: str, sequential: bool, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    dense = tiny_model(family)
+    weighting = {"metric": "loss", "sequential": sequential}
+    without = kp.make_plan(
+        dense,
+        automatic(0.4, ["low_rank"], weighting=weighting),
+        kp.calibrate(dense, [TOKENS], automatic(0.4, ["low_rank"])),
+    )
+    model, plan, reports = by(automatic(0.4, ["low_rank", "reduced"], weighting=weighting), dense)
+    assert plan.allocation is not None and without.allocation is not None
+    assert plan.allocation.predicted_rise <= without.allocation.predicted_rise
+    assert {layer.structure for layer in plan.layers.values()} == {"low_rank", "reduced"}
+    assert list(reports) == list(plan.layers)
+    for block in blocks_of(dense).values():
+        kinds = {plan.layers[name].structure for name in block.members("units") if name in plan.layers}
+        assert kinds == {"reduced"} or "reduced" not in kinds
+    assert plan.kept_of_targets <= 0.4
+    assert Totals.of(model) == (plan.num_params, plan.flops_per_token)
+    assert kp.Plan.model_validate_json(plan.model_dump_json()) == plan
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    torch.testing.assert_close(logits(kp.to_dense(model)), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_the_predicted_rise_of_fewer_units_is_that_of_their_fit(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    dense = tiny_model("gpt2").double()
+    given = automatic(0.5, ["low_rank", "reduced"], targets="mlp")
+    moments = kp.calibrate(dense, [TOKENS], given)
+    model, plan, _ = by(given, dense)
+    fewer = [name for name, layer in plan.layers.items() if layer.structure == "reduced" and name.endswith("c_proj")]
+    assert fewer
+    for name in fewer:
+        assert plan.allocation is not None
+        seen, weight = moments[name], dense.get_submodule(name).weight.mT
+        up = name.replace("c_proj", "c_fc")
+        # The units that stay, by their own weights, and what the layer makes of them.
+        rows, full = model.get_submodule(up).weight.mT, dense.get_submodule(up).weight.mT
+        kept = torch.tensor([int((full == row).all(1).nonzero()[0]) for row in rows])
+        nearest = torch.zeros_like(weight).index_copy(1, kept, model.get_submodule(name).weight.mT)
+        rise = Metric(seen.second, seen.gradient).squared_norm(weight - nearest) / 2
+        assert plan.layers[name].predicted_rise == pytest.approx(rise, rel=1e-3)
+
+
+def test_in_turn_the_units_make_up_for_what_the_layers_before_have_lost(
+    tiny_model: Callable[..., PreTrainedModel],
+) -> None:
+    dense = tiny_model("gpt2", n_layer=3)
+    lost = {}
+    for sequential in (False, True):
+        given = automatic(0.3, ["low_rank", "reduced"], weighting={"metric": "loss", "sequential": sequential})
+        model, plan, _ = by(given, dense)
+        assert any(layer.structure == "reduced" for layer in plan.layers.values())
+        lost[sequential] = (model.transformer(TOKENS)[0] - dense.transformer(TOKENS)[0]).square().mean().item()
+    assert lost[True] < lost[False]
+
+
+def test_where_the_blocks_are_not_known_auto_does_without(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    given = automatic(0.5, ["low_rank", "reduced"], targets=["0", "2"], weighting={"metric": "input"})
+    batches = [{"input": torch.randn(64, 16, generator=torch.Generator().manual_seed(0))}]
+    plan = kp.make_plan(network, given, kp.calibrate(network, batches, given))
+    assert {layer.structure for layer in plan.layers.values()} == {"low_rank"}
+    # Half of an MLP is none whose units could be left out.
+    half = automatic(0.5, ["low_rank", "reduced"], targets=[r".*mlp\.c_fc"])
+    model = tiny_model("gpt2")
+    plan = kp.make_plan(model, half, kp.calibrate(model, [TOKENS], half))
+    assert {layer.structure for layer in plan.layers.values()} == {"low_rank"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": ["reduced"]}, "give a structure for single matrices"),
+        ({"candidates": ["low_rank", "redced"]}, "unknown structure 'redced'"),
+        ({"candidates": ["low_rank", "reduced"], "rotation": True, "head": "dense"}, "rotation: the fits of reduced"),
+    ],
+)
+def test_candidates_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        automatic(0.5, **changes)

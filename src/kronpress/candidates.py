@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from torch import Tensor
 
-from kronpress.allocation import Allocation, allocate
+from kronpress.allocation import Allocation, allocate, least_params
 from kronpress.matrices import STRUCTURES, StructuredMatrix
 from kronpress.matrices.metric import Metric
 
@@ -42,7 +42,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidate of every matrix, all the candidates it was chosen from, and how near to the optimum that is."""
+    """The candidate of every matrix, all the candidates it was chosen from, and how near to the optimum that is.
+
+    A group of which a candidate was chosen stands in the place of its members.
+    """
 
     chosen: dict[str, Candidate]
     candidates: dict[str, list[Candidate]]
@@ -86,7 +89,10 @@ def _undominated(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def choose(
-    candidates: Mapping[str, list[Candidate]], problem: Callable[[str], tuple[Tensor, Metric]], budget: int
+    candidates: Mapping[str, list[Candidate]],
+    problem: Callable[[str], tuple[Tensor, Metric]],
+    budget: int,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Choice:
     """The allocation of `budget` parameters, with every chosen candidate's error measured by its fit.
 
@@ -95,12 +101,14 @@ def choose(
     it worse.
 
     Args:
-        candidates: of each matrix; there is one matrix at least.
+        candidates: of each matrix, one at least; and of each group, all of them fitted.
         problem: gives a matrix's weight (out_features, in_features) in float64 and its metric, by its name.
+        groups: the members of each; a candidate of a group is one choice for all of them.
 
     Raises:
         RequestError: even the smallest candidates have more parameters.
     """
+    groups = groups or {}
     structures = list(dict.fromkeys(each.structure for table in candidates.values() for each in table))
     tables: dict[str, list[Candidate]] = {name: [] for name in candidates}
     choice = None
@@ -109,9 +117,10 @@ def choose(
             name: [*tables[name], *(each for each in table if each.structure == structure)]
             for name, table in candidates.items()
         }
-        smallest = [min((each.num_params for each in table), default=budget + 1) for table in tables.values()]
-        if sum(smallest) <= budget or structure == structures[-1]:
-            choice = _settled(tables, problem, budget, choice)
+        sizes = {name: [each.num_params for each in table] for name, table in tables.items()}
+        is_possible = all(sizes[name] or name in groups for name in sizes) and least_params(sizes, groups) <= budget
+        if is_possible or structure == structures[-1]:
+            choice = _settled(tables, problem, budget, groups, choice)
             tables = choice.candidates
     assert choice is not None
     return choice
@@ -121,6 +130,7 @@ def _settled(
     candidates: Mapping[str, list[Candidate]],
     problem: Callable[[str], tuple[Tensor, Metric]],
     budget: int,
+    groups: Mapping[str, Sequence[str]],
     known: Choice | None,
 ) -> Choice:
     """The choice from these tables, never worse than what is `known`, a choice from a part of each.
@@ -138,6 +148,7 @@ def _settled(
             budget,
             # All of it was fitted: it stays in the tables as it is.
             None if known is None else {name: tables[name].index(each) for name, each in known.chosen.items()},
+            groups,
         )
         chosen = {name: tables[name][index] for name, index in allocation.chosen.items()}
         if all(each.evidence == FITTED for each in chosen.values()):

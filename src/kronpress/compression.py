@@ -30,7 +30,7 @@ from kronpress.matrices.moments import InputMoments
 from kronpress.plan import LayerPlan, Plan, kronecker_sums, reduced_shapes
 from kronpress.processes import from_process, give_, num_processes, process_number
 from kronpress.recipe import Weighting
-from kronpress.reduction import blocks_of, fit_block, nearest_weights, put_block_
+from kronpress.reduction import Block, UnitsProblem, blocks_of, fit_block, nearest_weights, put_block_, units_problem
 from kronpress.rotation import rotated_
 from kronpress.surgery import (
     dense_weight,
@@ -178,9 +178,8 @@ def _carried_out(
         messages(f"looking for orders of units to fold: {', '.join(plan.folding)}")
         moments = _fold_(model, plan, moments)
     reports: dict[str, LayerReport] = {}
-    if reduced_shapes(plan.layers).keys() & plan.new_layers:
-        return _reduce_(model, plan, moments or {}, progress)
-    if num_processes() > 1 and not plan.weighting.sequential:
+    shapes = reduced_shapes({name: plan.layers[name] for name in plan.new_layers})
+    if num_processes() > 1 and not plan.weighting.sequential and not shapes:
         if plan.rotation or plan.folding:
             give_(model.state_dict().values())
         return _fitted_together(model, plan, progress, moments)
@@ -189,11 +188,30 @@ def _carried_out(
         if plan.weighting.sequential:
             folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
             sequential = undo.enter_context(SequentialInputs(model, batches, folder))
+        blocks = _blocks_by_last_layer(model, shapes)
         for names in plan.new_groups:
+            if names[0] in shapes and names[0] not in blocks:
+                continue  # with the last of its block
+            block, narrow = blocks.get(names[0], (None, {}))
             if progress is not None:
-                progress(names[0], len(reports), len(plan.new_layers))
-            reports |= replace_layers_(model, names, plan, moments, sequential)
-    return reports
+                progress(block.prefix if block else names[0], len(reports), len(plan.new_layers))
+            if block is None:
+                reports |= replace_layers_(model, names, plan, moments, sequential)
+            else:
+                reports |= _reduce_block_(model, block, narrow, plan, moments or {}, sequential)
+    return {name: reports[name] for name in chain(*plan.new_groups)}
+
+
+def _blocks_by_last_layer(
+    model: nn.Module, shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[Block, dict[str, tuple[int, int]]]]:
+    """The blocks with layers that get these shapes, and those, by the last of them: its turn is that of all."""
+    found = {}
+    for block in blocks_of(model).values() if shapes else ():
+        members = block.layers.values()
+        if narrow := {name: shape for name, shape in shapes.items() if name in members}:
+            found[list(narrow)[-1]] = block, narrow
+    return found
 
 
 def _fitted_together(
@@ -252,32 +270,38 @@ def _owners(plan: Plan, num_processes: int) -> dict[str, int]:
     return owners
 
 
-def _reduce_(
+def _reduce_block_(
     model: nn.Module,
+    block: Block,
+    shapes: Mapping[str, tuple[int, int]],
     plan: Plan,
     moments: Mapping[str, InputMoments],
-    progress: Callable[[str, int, int], None] | None,
+    sequential: SequentialInputs | None = None,
 ) -> dict[str, LayerReport]:
-    """Fit the planned blocks one by one and put their narrower layers into the model; the error of every layer."""
-    shapes = reduced_shapes({name: plan.layers[name] for name in plan.new_layers})
-    reports: dict[str, LayerReport] = {}
-    for block in blocks_of(model).values():
-        names = [name for name in block.layers.values() if name in shapes]
-        if not names:
-            continue
-        if progress is not None:
-            progress(block.prefix, len(reports), len(shapes))
-        widths = block.widths_of({name: shapes[name] for name in names})
-        reduced = fit_block(model, block, widths, moments, plan.weighting)
-        nearest = nearest_weights(block, reduced)
-        if not all(weight.isfinite().all() for weight in nearest.values()):
-            raise WorkError(f"the fit of {block.prefix} holds NaN or infinity")
-        for name in names:
+    """Fit the layers of one block that get smaller shapes, and put them into the model; their errors."""
+    widths = block.widths_of(shapes)
+    units = None
+    if widths.units < block.widths.units:
+        units = units_problem(model, block, moments, plan.weighting)
+        if sequential is not None:
+            name = block.layers["down"]
             layer = model.get_submodule(name)
-            metric = _dense_problem([layer], dense_weight(layer), plan.weighting, [moments[name]]).metric
-            reports[name] = _report(dense_weight(layer), nearest[name], plan.layers[name], metric)
-        put_block_(model, block, widths, reduced)
-    return {name: reports[name] for name in shapes}
+            dense = _dense_problem([layer], units.target, plan.weighting, [moments[name]])
+            now = _sequential_problem(dense, sequential.moments(name))
+            assert now.metric is not None
+            units = UnitsProblem(now.target, now.metric, now.means)
+    reduced = fit_block(model, block, widths, moments, plan.weighting, units)
+    nearest = nearest_weights(block, reduced)
+    if not all(weight.isfinite().all() for weight in nearest.values()):
+        raise WorkError(f"the fit of {block.prefix} holds NaN or infinity")
+    reports = {}
+    for name in shapes:
+        layer = model.get_submodule(name)
+        weight = dense_weight(layer)
+        metric = _dense_problem([layer], weight, plan.weighting, [moments[name]]).metric
+        reports[name] = _report(weight, nearest.get(name, weight), plan.layers[name], metric)
+    put_block_(model, block, widths, reduced)
+    return reports
 
 
 def _reduced_in(model: nn.Module, plan: Plan) -> list[str]:

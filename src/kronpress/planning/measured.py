@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -12,19 +13,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kronpress.candidates import DENSE, FITTED, choose, screen
+from kronpress.candidates import DENSE, FITTED, Candidate, choose, screen
 from kronpress.errors import RequestError
+from kronpress.families import FAMILIES
 from kronpress.folding import check_foldable, fold_, free_dimensions, permuted_moments, search_orders
 from kronpress.matrices.metric import Metric
 from kronpress.matrices.moments import InputMoments
-from kronpress.plan import AllocationReport, CandidateReport, LayerPlan, count_flops
+from kronpress.plan import AllocationReport, CandidateReport, LayerPlan, ReducedLayerPlan, ReducedSpec, count_flops
 from kronpress.planning.sizes import candidate_structures
-from kronpress.recipe import Recipe
+from kronpress.recipe import AUTO, REDUCED, Recipe
+from kronpress.reduction import Block, blocks_of, dense_shapes, ordered_units
 from kronpress.surgery import dense_weight, is_embedding, replaceable_layers, stacked_weight
 from kronpress.weighting import layer_metric, of_group
 
 # Of B, in the sums for which units are put in order before candidates are compared.
 REFERENCE_SIDE = 4
+# So many numbers of hidden units are considered for an MLP.
+NUMBERS_OF_UNITS = 96
 
 
 class NothingMeasured(RequestError):
@@ -71,18 +76,24 @@ def allocated(
         return not recipe.flops_not_above_dense or count_flops(structure, *shape, spec) <= 2 * prod(shape)
 
     tables = {name: screen(*problem(name), names, partial(is_allowed, shape)) for name, shape in targets.items()}
-    choice = choose(tables, problem, budget_params)
-    planned = {
-        name: LayerPlan(
-            structure=each.structure,
-            out_features=targets[name][0],
-            in_features=targets[name][1],
-            spec=each.spec,
-            predicted_rise=each.rise,
-        )
-        for name, each in choice.chosen.items()
-        if each.structure != DENSE
-    }
+    blocks = _blocks_of_units(model, targets) if recipe.structure == AUTO and REDUCED in recipe.candidates else {}
+    for name, block in blocks.items():
+        cost = block.cost("units", dense_shapes(model, block))
+        tables[name] = _numbers_of_units(block.widths.units, cost, *problem(block.layers["down"]))
+    members = {name: [each for each in targets if each in block.members("units")] for name, block in blocks.items()}
+    choice = choose(tables, problem, budget_params, members)
+    planned: dict[str, LayerPlan] = {}
+    for name, each in choice.chosen.items():
+        if name in blocks:
+            planned |= _with_fewer_units(model, blocks[name], targets, each)
+        elif each.structure != DENSE:
+            planned[name] = LayerPlan(
+                structure=each.structure,
+                out_features=targets[name][0],
+                in_features=targets[name][1],
+                spec=each.spec,
+                predicted_rise=each.rise,
+            )
     if not planned:
         raise RequestError(
             f"the budget leaves {budget_params} parameters, enough for every targeted matrix to stay dense"
@@ -95,7 +106,7 @@ def allocated(
             name: [
                 CandidateReport(
                     structure=each.structure,
-                    spec=None if each.spec is None else each.spec.model_dump(mode="json"),
+                    spec=_told(each.spec),
                     num_params=each.num_params,
                     predicted_rise=each.rise,
                     is_exact=each.evidence == FITTED,
@@ -106,6 +117,52 @@ def allocated(
         },
     )
     return planned, report
+
+
+def _told(spec: Any) -> Any:
+    if isinstance(spec, int):
+        return {"units": spec}
+    return None if spec is None else spec.model_dump(mode="json")
+
+
+def _blocks_of_units(model: nn.Module, targets: Collection[str]) -> dict[str, Block]:
+    """The blocks, if known, of whose MLP all layers are targets; by the name of the choice of how many units it has."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    known = blocks_of(model) if isinstance(model, PreTrainedModel) and model_type in FAMILIES else {}
+    return {f"{prefix} units": block for prefix, block in known.items() if block.members("units") <= {*targets}}
+
+
+def _numbers_of_units(num_units: int, cost: int, weight: Tensor, metric: Metric) -> list[Candidate]:
+    """Of numbers of units below all, what they cost; their spec is the number.
+
+    The units that stay are as they were, so that the whole error is that of the layer which reads them.
+
+    Args:
+        cost: parameters of a unit.
+        weight, metric: of the layer that reads them, (out_features, num_units).
+    """
+    lost = ordered_units(weight, metric)[1]
+    step = -(-num_units // NUMBERS_OF_UNITS)
+    return [
+        Candidate(REDUCED, count, count * cost, lost[count].item() / 2, FITTED)
+        for count in range(step, num_units, step)
+    ]
+
+
+def _with_fewer_units(
+    model: nn.Module, block: Block, targets: Mapping[str, tuple[int, int]], chosen: Candidate
+) -> dict[str, LayerPlan]:
+    shapes = block.shapes(dense_shapes(model, block), replace(block.widths, units=chosen.spec))
+    return {
+        name: ReducedLayerPlan(
+            structure=REDUCED,
+            out_features=targets[name][0],
+            in_features=targets[name][1],
+            spec=ReducedSpec(shape=shapes[name], has_bias=model.get_submodule(name).bias is not None),
+            predicted_rise=chosen.rise if name == block.layers["down"] else None,
+        )
+        for name in block.members("units")
+    }
 
 
 def _folded(

@@ -14,8 +14,8 @@ from kronpress.matrices.moments import InputMoments
 from kronpress.plan import LayerPlan, ReducedLayerPlan, ReducedSpec
 from kronpress.planning.measured import NothingMeasured
 from kronpress.recipe import REDUCED, Recipe
-from kronpress.reduction import Block, Shape, Widths, block_members, blocks_of, reduced_fractions
-from kronpress.surgery import linear_layers, weight_shape
+from kronpress.reduction import Block, Shape, Widths, block_members, blocks_of, dense_shapes, reduced_fractions
+from kronpress.surgery import linear_layers
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def reduced_layers(
     if budget_params is None:
         raise RequestError(f"structure {REDUCED} needs a budget: set one of budget.*")
     blocks = blocks_of(model)
-    dense = {name: shape for block in blocks.values() for name, shape in _dense_shapes(model, block).items()}
+    dense = {name: shape for block in blocks.values() for name, shape in dense_shapes(model, block).items()}
     free = _free_widths(blocks, targets, dense)
     total = sum(map(prod, targets.values()))
     most = sum(each.num_removable for each in free)
@@ -88,10 +88,6 @@ def reduced_layers(
         )
         for name, (out_features, in_features) in targets.items()
     }
-
-
-def _dense_shapes(model: nn.Module, block: Block) -> dict[str, Shape]:
-    return {name: weight_shape(model.get_submodule(name)) for name in block.layers.values()}
 
 
 def _free_widths(blocks: Mapping[str, Block], targets: Mapping[str, Shape], dense: Mapping[str, Shape]) -> list[_Free]:

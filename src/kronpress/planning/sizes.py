@@ -52,9 +52,9 @@ def least_budget(targets: dict[str, tuple[int, int]], recipe: Recipe, targets_de
 
 
 def candidate_structures(recipe: Recipe) -> list[str]:
-    if recipe.structure == REDUCED:
-        return []
-    return recipe.candidates if recipe.structure == AUTO else [recipe.structure]
+    """The structures, in their order, that a matrix may get."""
+    names = recipe.candidates if recipe.structure == AUTO else [recipe.structure]
+    return [name for name in names if name != REDUCED]
 
 
 def _smallest(shape: tuple[int, int], structure: str, fixed: dict[str, Any]) -> int:

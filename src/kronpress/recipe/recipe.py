@@ -72,7 +72,11 @@ class Recipe(Section):
         description=f"one of {', '.join(STRUCTURES)}; `{AUTO}`: for each matrix one of `candidates`; or `{REDUCED}`: "
         "dense matrices with fewer hidden units, and fewer channels in each head, between them",
     )
-    candidates: list[str] = Field(["low_rank", "kronecker"], description="the structures that `auto` chooses from")
+    candidates: list[str] = Field(
+        ["low_rank", "kronecker"],
+        description=f"the structures that `auto` chooses from; `{REDUCED}`: fewer hidden units in an MLP, where all of "
+        "its layers are targets and the model's family is known",
+    )
     allocation: Literal["uniform", "measured", "similarity"] = Field(
         "uniform",
         description="the same fraction of each matrix; what costs the least loss by the calibration; or, of a "
@@ -141,11 +145,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _measured(self) -> Recipe:
         for name in self.candidates:
-            if name not in STRUCTURES:
-                raise unknown_name("structure", name, STRUCTURES)
+            if name not in (*STRUCTURES, REDUCED):
+                raise unknown_name("structure", name, [*STRUCTURES, REDUCED])
+        if self.structure == AUTO and {*self.candidates} <= {REDUCED}:
+            raise ValueError(f"candidates: give a structure for single matrices; given {self.candidates}")
+        if self.structure == AUTO and self.rotation and REDUCED in self.candidates:
+            raise ValueError(f"rotation: the fits of {REDUCED} layers are none that it could search by: leave one out")
         if self.structure == AUTO and len(self.candidates) > 1:
             for name in self.candidates:
-                if STRUCTURES[name].shared_factors:
+                if name != REDUCED and STRUCTURES[name].shared_factors:
                     raise ValueError(
                         f"candidates: {name} is chosen for several matrices at once and the others for one: leave one "
                         f"or the other out; structure {name} with allocation: measured gives each group its own size"

@@ -176,6 +176,11 @@ def _fault(module: nn.Module, attention: str, layers: Mapping[str, str], config:
     return None if factor == 1.0 else f"only {factor:g} of their channels are rotary"
 
 
+def dense_shapes(model: nn.Module, block: Block) -> dict[str, Shape]:
+    """The shapes of the block's layers as they are in the model, a dense one."""
+    return {name: weight_shape(model.get_submodule(name)) for name in block.layers.values()}
+
+
 def block_members(blocks: Mapping[str, Block]) -> Iterator[tuple[Block, str, set[str]]]:
     """Every width of every block, with the names of the layers that have it."""
     for block in blocks.values():

@@ -1,7 +1,9 @@
 """MoDeGPT's three decompositions (Lin et al., arXiv 2408.09632), each of two matrices with a width between them.
 
-Letters: C (h, h) and M, N (d, d) are second moments; h hidden units, d channels of a head, of which k or r are kept;
-H query heads, of which g share each of K key heads. Everything is computed in float64.
+Beside them an order of the hidden units of our own, in which each is the one that the loss would miss most.
+
+Letters: C (h, h) and M, N (d, d) are second moments, G (m, m) is of the loss's gradients; h hidden units, d channels of
+a head, of which k or r are kept; H query heads, of which g share each of K key heads. Everything is in float64.
 """
 
 from __future__ import annotations
@@ -9,10 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kronpress.matrices.metric import Metric, square_root, times
+
 # λ of the leverage scores, relative to the mean second moment of a unit; this value is ours.
 RIDGE = 1.0
 # Eigenvalues below this fraction of the largest are treated as 0: what is left of them in float64 is rounding.
 RANK_TOLERANCE = 1e-12
+# Of all units, those that are put in order before what is left of the others is computed anew.
+UNITS_AT_ONCE = 1 / 256
+# A unit of which those put in order just before it leave less than this waits for the next round.
+STILL_NEW = 0.5
 
 
 def leverage_scores(second: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -34,6 +42,56 @@ def most(scores: Tensor, count: int) -> Tensor:
     """The `count` highest scores' places along the last dimension, in ascending order; of equal ones the first."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return order[..., :count].sort(dim=-1).values
+
+
+def ordered_units(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """An order of the units, (h,), and of its first k for every k what is lost with the rest, (h + 1,).
+
+    What is lost is the least tr(G ΔW C ΔWᵀ) of all W′ in place of W_:S, that of `nystrom`. It is the sum of
+    ‖G^½ W c‖² over the columns c of C's Cholesky factor, in the order of the units, that belong to the rest: one
+    factorisation with pivots has it for every k. The pivot is the unit with the largest such term, so that each unit
+    is the one whose loss would cost the most, those before it being kept: greedy column subset selection, in the
+    metric.
+
+    >>> from kronpress.matrices.metric import Metric
+    >>> order, lost = ordered_units(torch.tensor([[1.0, 3.0, 2.0]]), Metric(torch.eye(3)))
+    >>> order.tolist(), lost.tolist()
+    ([1, 2, 0], [14.0, 5.0, 1.0, 0.0])
+
+    Args:
+        weight: W, (m, h), of the layer that reads the units.
+        metric: with C; a G of None is the identity.
+    """
+    w, num_units = weight.to(torch.float64), weight.shape[1]
+    c = torch.eye(num_units).to(w) if metric.input is None else metric.input.to(w)
+    left = w if metric.output is None else times(square_root(metric.output.to(w), floor=0)[0], w)
+    left = left @ c  # G^½ W (C − L Lᵀ)
+    variances = c.diagonal().clone()  # of C − L Lᵀ
+    factor = torch.zeros_like(c)  # L, a column for each unit in order
+    least = RANK_TOLERANCE * variances.max()
+    is_free = variances > least
+    order: list[int] = []
+    gains: list[float] = []
+    while is_free.any():
+        terms = torch.where(is_free, left.square().sum(0) / variances, -1.0)
+        begin, before, outputs = len(order), variances.clone(), list[Tensor]()
+        for unit in terms.argsort(descending=True, stable=True)[: max(1, int(UNITS_AT_ONCE * num_units))].tolist():
+            if not is_free[unit] or variances[unit] < max(STILL_NEW * before[unit], least):
+                continue
+            scale = variances[unit].sqrt()
+            column = (c[:, unit] - factor @ factor[unit]) / scale
+            here = left[:, unit] - sum(o * factor[unit, begin + at] for at, o in enumerate(outputs))
+            outputs.append(here / scale)
+            factor[:, len(order)] = column
+            order.append(unit)
+            gains.append(outputs[-1].square().sum().item())
+            variances = (variances - column.square()).clamp(min=0)
+            variances[unit] = 0
+        left -= torch.stack(outputs, 1) @ factor[:, begin : len(order)].mT
+        is_free &= variances > least
+    rest = sorted({*range(num_units)} - {*order})  # of which the others know all
+    lost = torch.tensor([*gains, *([0.0] * (len(rest) + 1))], dtype=torch.float64)
+    return torch.tensor([*order, *rest]), lost.flip(0).cumsum(0).flip(0)
 
 
 def nystrom(weight: Tensor, second: Tensor, kept: Tensor) -> Tensor:

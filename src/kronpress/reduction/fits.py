@@ -6,18 +6,20 @@ Letters as in decompositions.py; W (out_features, in_features) and b of a layer,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kronpress.matrices.metric import Metric
 from kronpress.matrices.moments import InputMoments
 from kronpress.recipe import Weighting
 from kronpress.reduction.attention import PAIRS, reduce_attention_, restore_attention_
 from kronpress.reduction.blocks import READERS, Block, Shape, Widths, blocks_of
-from kronpress.reduction.decompositions import channel_scores, leverage_scores, most, nystrom, subspace
+from kronpress.reduction.decompositions import channel_scores, leverage_scores, most, nystrom, ordered_units, subspace
 from kronpress.surgery import dense_weight, replace_module_, weight_shape
 from kronpress.weighting import is_centred, layer_metric
 
@@ -43,10 +45,34 @@ class ReducedBlock:
     pairs: Tensor | None = None
 
 
-def read_matrices(model: nn.Module, block: Block) -> dict[str, Matrix]:
-    """The matrices of a block by role, in float64: those of a fused layer each by itself."""
+class UnitsProblem(NamedTuple):
+    """What the hidden units that stay are fitted to: the reading layer's weight (m, h), in which metric, whose mean.
+
+    `means` are E[s] of the dense model's units and of those that there will be; None if the bias is kept.
+    """
+
+    target: Tensor
+    metric: Metric
+    means: tuple[Tensor, Tensor] | None
+
+
+def units_problem(
+    model: nn.Module, block: Block, moments: Mapping[str, InputMoments], weighting: Weighting
+) -> UnitsProblem:
+    """That of the layer itself, on the inputs of the dense model."""
+    name = block.layers["down"]
+    layer, seen = model.get_submodule(name), moments[name]
+    weight = dense_weight(layer).to(torch.float64)
+    means = (seen.mean, seen.mean) if is_centred(layer, weighting) else None
+    return UnitsProblem(weight, layer_metric(layer, weight, seen, weighting), means)
+
+
+def read_matrices(model: nn.Module, block: Block, names: Collection[str]) -> dict[str, Matrix]:
+    """The matrices of these layers of a block by role, in float64: those of a fused layer each by itself."""
     found = {}
     for name, roles in block.parts.items():
+        if name not in names:
+            continue
         layer = model.get_submodule(name)
         weight = dense_weight(layer).to(torch.float64)
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
@@ -58,39 +84,47 @@ def read_matrices(model: nn.Module, block: Block) -> dict[str, Matrix]:
 
 
 def fit_block(
-    model: nn.Module, block: Block, widths: Widths, moments: Mapping[str, InputMoments], weighting: Weighting
-) -> ReducedBlock:
-    """The matrices of a dense block for these widths, by MoDeGPT; those of a width that stays are as they were."""
-    matrices = read_matrices(model, block)
-    reduced = ReducedBlock(matrices, {role: each.weight for role, each in matrices.items()})
-    if widths.units < block.widths.units:
-        _fit_units_(reduced, model, block, widths, moments, weighting)
-    if widths.query_key < block.widths.query_key:
-        _fit_queries_and_keys_(reduced, block, widths, moments, weighting)
-    if widths.value < block.widths.value:
-        _fit_values_(reduced, model, block, widths, moments, weighting)
-    return reduced
-
-
-def _fit_units_(
-    reduced: ReducedBlock,
     model: nn.Module,
     block: Block,
     widths: Widths,
     moments: Mapping[str, InputMoments],
     weighting: Weighting,
-) -> None:
-    """Keep the units with the highest leverage scores, with their own biases; the layer behind them makes up."""
-    name, down = block.layers["down"], reduced.matrices["down"]
-    layer, seen = model.get_submodule(name), moments[name]
-    second = layer_metric(layer, down.weight, seen, weighting).input
+    units: UnitsProblem | None = None,
+) -> ReducedBlock:
+    """The matrices of a dense block for these widths, by MoDeGPT; only those of layers that have a width that changes.
+
+    Args:
+        units: what the units that stay are fitted to, if not to the dense model alone.
+    """
+    changed = {width for width, size in vars(widths).items() if size < getattr(block.widths, width)}
+    matrices = read_matrices(model, block, {name for width in changed for name in block.members(width)})
+    reduced = ReducedBlock(matrices, {role: each.weight for role, each in matrices.items()})
+    if "units" in changed:
+        _fit_units_(reduced, widths, units or units_problem(model, block, moments, weighting))
+    if "query_key" in changed:
+        _fit_queries_and_keys_(reduced, block, widths, moments, weighting)
+    if "value" in changed:
+        _fit_values_(reduced, model, block, widths, moments, weighting)
+    return reduced
+
+
+def _fit_units_(reduced: ReducedBlock, widths: Widths, problem: UnitsProblem) -> None:
+    """Keep the best units with their own biases; the layer behind them makes up for the others.
+
+    With the metric of the loss these are the first of `ordered_units`; otherwise, as published, those with the highest
+    leverage scores.
+    """
+    second, down = problem.metric.input, reduced.matrices["down"]
     assert second is not None
-    kept = most(leverage_scores(second), widths.units)
-    weight, bias = nystrom(down.weight, second, kept), down.bias
-    if is_centred(layer, weighting):
+    if problem.metric.output is not None:
+        kept = ordered_units(problem.target, problem.metric)[0][: widths.units].sort().values
+    else:
+        kept = most(leverage_scores(second), widths.units)
+    weight, bias = nystrom(problem.target, second, kept), down.bias
+    if problem.means is not None:
         assert bias is not None
-        mean = seen.mean.to(weight)
-        bias = bias + down.weight @ mean - weight @ mean[kept]
+        dense_mean, mean = (each.to(weight) for each in problem.means)
+        bias = bias + down.weight @ dense_mean - weight @ mean[kept]
     reduced.matrices["down"] = Matrix(weight, bias)
     reduced.nearest["down"] = torch.zeros_like(down.weight).index_copy(1, kept, weight)
     for role in {"gate", "up"} & reduced.matrices.keys():
@@ -201,8 +235,12 @@ def _energy_and_mean(matrix: Matrix, moments: InputMoments) -> tuple[Tensor, Ten
 
 
 def nearest_weights(block: Block, reduced: ReducedBlock) -> dict[str, Tensor]:
-    """By layer, what stands for its W: see ReducedBlock."""
-    return {name: torch.cat([reduced.nearest[role] for role in roles]) for name, roles in block.parts.items()}
+    """By layer that was fitted, what stands for its W: see ReducedBlock."""
+    return {
+        name: torch.cat([reduced.nearest[role] for role in roles])
+        for name, roles in block.parts.items()
+        if reduced.nearest.keys() >= {*roles}
+    }
 
 
 def put_block_(model: nn.Module, block: Block, widths: Widths, reduced: ReducedBlock | None = None) -> None:
