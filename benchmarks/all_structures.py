@@ -47,13 +47,15 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 import kronpress as kp
+from kronpress.allocation import allocate, least_params
+from kronpress.candidates import DENSE
 from kronpress.checkpoint import LoadedModel
 from kronpress.compression import LayerReport
 from kronpress.layers import StructuredLinear
 from kronpress.matrices import STRUCTURES
 from kronpress.pipeline import compress_loaded_
-from kronpress.plan import LayerPlan, Plan
-from kronpress.recipe import recipe_names
+from kronpress.plan import CandidateReport, LayerPlan, Plan
+from kronpress.recipe import REDUCED, recipe_names
 from kronpress.surgery import structured_layers, weight_shape
 
 OUT = RESULTS / "all_structures.json"
@@ -94,7 +96,9 @@ METHODS: tuple[tuple[str, str, tuple[str, ...], int | None], ...] = (
     ("Kronecker + low rank, on inputs", "kronecker-plus-low-rank", (), None),
     ("columns + low rank, on inputs", "svd-llm", ("structure=structured_sum", COLUMNS), None),
     ("auto of low rank, Kronecker", "auto", ("targets=mlp", "candidates=[low_rank, kronecker]"), None),
-    ("auto of all", "auto", ("targets=mlp", f"candidates=[{', '.join(ALL)}]"), None),
+    ("auto of all structures", "auto", ("targets=mlp", f"candidates=[{', '.join(ALL)}]"), None),
+    ("auto (low rank, Kronecker, fewer units)", "auto", ("targets=mlp",), None),
+    ("auto of all", "auto", ("targets=mlp", f"candidates=[{', '.join(ALL)}, reduced]"), None),
 )
 # For an embedding: what a method fixes of its sizes; the first says how large the others may be.
 EMBEDDINGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -304,26 +308,50 @@ def seconds_of_layers(dense: nn.Module, student: nn.Module, names: Sequence[str]
 
 
 def picked(plan: Plan) -> Row:
-    """What a measured allocation chose for every matrix, and the least rise of each other structure at that size."""
+    """What a measured allocation chose for every matrix, and the least rise of each other structure at that size.
+
+    Of an MLP with fewer units that is a choice for all of its matrices, told by the last; another structure is one for
+    each of them.
+    """
     assert plan.allocation is not None
-    matrices = {}
+    tables = plan.allocation.candidates
+    reduced = [name for name, layer in plan.layers.items() if layer.structure == REDUCED]
+    matrices: dict[str, Row] = {}
     for name in _targets(plan):
-        table = plan.allocation.candidates[name]
-        if name in plan.layers:
-            layer = plan.layers[name]
-            chosen = {"structure": layer.structure, "spec": layer.spec.model_dump(mode="json")}
-            chosen |= {"num_params": layer.num_params, "predicted_rise": layer.predicted_rise}
-        else:
-            [row] = [row for row in table if row.spec is None]
-            chosen = {"structure": row.structure, "spec": None, "num_params": row.num_params, "predicted_rise": 0.0}
-        others: dict[str, Any] = {}
-        for row in table:
-            is_less = row.predicted_rise < others.get(row.structure, {"predicted_rise": float("inf")})["predicted_rise"]
-            if row.structure != chosen["structure"] and row.num_params <= chosen["num_params"] and is_less:
-                others[row.structure] = {"predicted_rise": row.predicted_rise, "is_exact": row.is_exact}
-        matrices[name] = {**chosen, "others": others}
+        if name not in plan.layers:
+            [row] = [row for row in tables[name] if row.spec is None]
+            matrices[name] = {"structure": row.structure, "spec": None, "num_params": row.num_params}
+            matrices[name] |= {"predicted_rise": 0.0, "others": {}}
+            continue
+        layer = plan.layers[name]
+        mlp = name.rpartition(".")[0]
+        together = [each for each in reduced if each.startswith(f"{mlp}.")] if name in reduced else [name]
+        size = sum(plan.layers[each].num_params for each in together)
+        matrices[name] = {
+            "structure": layer.structure,
+            "spec": layer.spec.model_dump(mode="json"),
+            "num_params": layer.num_params,
+            "predicted_rise": layer.predicted_rise,
+            "others": {} if layer.predicted_rise is None else best_others(tables, together, layer.structure, size),
+        }
     report = plan.allocation
     return {"predicted_rise": report.predicted_rise, "gap": report.gap, "matrices": matrices}
+
+
+def best_others(tables: dict[str, list[CandidateReport]], names: list[str], chosen: str, size: int) -> Row:
+    """Of each other structure the least rise of these matrices, at most of that size together, or dense in part."""
+    structures = dict.fromkeys(row.structure for name in names for row in tables[name] if row.spec is not None)
+    found = {}
+    for structure in structures:
+        of_it = {name: [row for row in tables[name] if row.structure in (structure, DENSE)] for name in names}
+        sizes = {name: [row.num_params for row in rows] for name, rows in of_it.items()}
+        if structure != chosen and least_params(sizes, {}) <= size:
+            rises = {name: [row.predicted_rise for row in rows] for name, rows in of_it.items()}
+            best = allocate(sizes, rises, size)
+            taken = [of_it[name][place] for name, place in best.chosen.items()]
+            is_exact = all(row.is_exact for row in taken)
+            found[structure] = {"predicted_rise": best.error, "is_exact": is_exact}
+    return found
 
 
 def healed(row: Row, job: Job, dense: LoadedModel, start: nn.Module, measured: Any) -> Row:
@@ -588,9 +616,10 @@ def picked_table(row: Row) -> Iterator[str]:
             structure, found = others[0]
             best = f"{structure} {'' if found['is_exact'] else '≈'}{found['predicted_rise']:.5f}"
         size = prod(weight_shape(_dense_pocket().get_submodule(name)))
+        rise = "with the next" if each["predicted_rise"] is None else f"{each['predicted_rise']:.5f}"
         yield (
             f"| {name.removeprefix('transformer.')} | {_written(each['structure'], each['spec'])} "
-            f"| {each['num_params'] / size:.3f} | {each['predicted_rise']:.5f} | {best} |"
+            f"| {each['num_params'] / size:.3f} | {rise} | {best} |"
         )
     yield ""
 
@@ -616,6 +645,8 @@ def _written(structure: str, spec: dict[str, Any] | None) -> str:
     """A structure and its sizes in a few letters."""
     if spec is None:
         return structure
+    if structure == REDUCED:
+        return f"fewer units: {spec['shape'][0]}×{spec['shape'][1]}"
     if structure == "structured_sum":
         return " + ".join(_written(part["structure"], part["spec"]) for part in spec["parts"])
     sizes = {

@@ -157,8 +157,12 @@ def test_no_two_rows_are_the_same_and_every_structure_of_a_matrix_has_one():
     assert {str(recipe.targets) for recipe in recipes} == {"mlp"}
     named = {recipe.structure for recipe in recipes}
     assert named >= set(STRUCTURES) - {"selected", "tensor_gpt"}  # a part of a sum, and one for embeddings alone
-    [_, candidates] = dict.fromkeys(tuple(recipe.candidates) for recipe in recipes if recipe.name == "auto")
-    assert candidates == CANDIDATES == all_structures.ALL
+    few, structures, default, everything = dict.fromkeys(
+        tuple(recipe.candidates) for recipe in recipes if recipe.name == "auto"
+    )
+    assert structures == CANDIDATES == all_structures.ALL
+    assert default == (*few, "reduced") == tuple(kp.load_recipe("auto").candidates)
+    assert everything == (*structures, "reduced")
 
 
 def test_rows_of_one_size_have_it(pocket):
@@ -241,11 +245,12 @@ def test_models_take_turns_and_the_first_rounds_do_not_count(monkeypatch):
     assert found == {"dense_seconds": 1.0, "student_seconds": 3.0, "over_dense": 3.0}
 
 
-def test_what_was_picked_stands_beside_the_best_of_every_other_structure_of_its_size(tiny_model):
+@pytest.mark.parametrize("more", [[], ["reduced"]])
+def test_what_was_picked_stands_beside_the_best_of_every_other_structure_of_its_size(tiny_model, more):
     recipe = kp.load_recipe(
         {
             "structure": "auto",
-            "candidates": ["low_rank", "kronecker", "monarch"],
+            "candidates": ["low_rank", "kronecker", "monarch", *more],
             "allocation": "measured",
             "weighting": {"metric": "loss"},
             "budget": {"kept_of_targets": 0.5},
@@ -257,9 +262,15 @@ def test_what_was_picked_stands_beside_the_best_of_every_other_structure_of_its_
     found = all_structures.picked(plan)
     assert found["predicted_rise"] == plan.allocation.predicted_rise
     assert list(found["matrices"]) == [*plan.layers, *plan.left_dense]
-    assert sum(each["predicted_rise"] for each in found["matrices"].values()) == pytest.approx(found["predicted_rise"])
+    rises = [each["predicted_rise"] for each in found["matrices"].values()]
+    assert sum(rise for rise in rises if rise is not None) == pytest.approx(found["predicted_rise"])
+    assert ("reduced" in {each["structure"] for each in found["matrices"].values()}) == bool(more)
     for name, each in found["matrices"].items():
         assert each["structure"] not in each["others"]
+        if each["structure"] == "reduced":  # beside both matrices by another
+            assert (each["predicted_rise"] is None) == name.endswith("c_fc") == (not each["others"])
+            assert all(other["predicted_rise"] >= each["predicted_rise"] for other in each["others"].values())
+            continue
         for structure, other in each["others"].items():
             rises = [
                 row.predicted_rise
@@ -394,5 +405,6 @@ def test_the_page_is_that_of_the_committed_result():
         (row["kept"], row["method"]): row["picked"]["predicted_rise"] for row in results["rows"] if "picked" in row
     }
     for kept in all_structures.KEPT:
-        few, every = (autos[kept, method] for method, *_ in all_structures.METHODS[-2:])
-        assert every <= few
+        few, structures, default, every = (autos[kept, method] for method, *_ in all_structures.METHODS[-4:])
+        assert max(structures, default) <= few
+        assert every <= structures
