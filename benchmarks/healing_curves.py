@@ -47,7 +47,7 @@ RATES = {
 # Of rates that are those of W, and less for most factors.
 OF_MOVEMENT = 2
 # How many times the tokens of the short runs the language model has once.
-UNTIL_FLAT = {"krony-96m": 80, "auto": 40}
+UNTIL_FLAT = {"krony-96m": 80, "auto": 20}
 LANGUAGE_MODEL, DEFAULT = "language model", "default"
 OBJECTIVES: dict[str, dict[str, float]] = {
     LANGUAGE_MODEL: {"language_model_weight": 1.0},
