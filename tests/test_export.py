@@ -29,7 +29,14 @@ needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="the extra `onnx` is not in
 FAMILIES = ("gpt2", "opt", "llama", "qwen2")
 IDS = torch.tensor([[5, 17, 250, 3, 99, 4, 1], [8, 8, 120, 0, 44, 260, 31]])
 # What the files that belong to any checkpoint are called.
-CARRIED = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+CARRIED = {
+    "README.md",
+    "kronpress.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -44,6 +44,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kronpress.errors import RequestError, WorkError
 from kronpress.families import GEOMETRIES
+from kronpress.model_card import Base, Story, plan_fields, read_base, read_story, step, write_card
 from kronpress.plan import Plan, owners_first, reduced_shapes, structured_plans
 from kronpress.recipe import POCKET
 from kronpress.reduction import put_empty_, widen_
@@ -254,8 +255,7 @@ def attach_plan_(model: nn.Module, plan: Plan) -> None:
     """Make `save_pretrained` write, and `dequantize` undo, the structured layers. No-op on other modules."""
     if not isinstance(model, PreTrainedModel):
         return
-    # What was not chosen is of no use to a checkpoint, and there is much of it.
-    config = KronpressConfig(plan=plan.model_dump(mode="json", exclude={"allocation": {"candidates"}}))
+    config = KronpressConfig(plan=plan_fields(plan))
     model.config.quantization_config = config
     model.hf_quantizer = KronpressQuantizer(config)  # type: ignore[assignment]
     _treat_as_float_(model)
@@ -316,6 +316,21 @@ def model_path(name: str) -> str:
         if (folder / "config.json").is_file():
             return str(folder)
     raise RequestError(f"model {name!r} is no checkpoint: neither it nor its folder `model` holds a config.json")
+
+
+def base_of(name: str, revision: str | None = None) -> Base:
+    """What is known of the dense model MODEL for the cards of what is made of it; its own card may be on the Hub."""
+    path = model_path(name)
+    return read_base(path if name == POCKET else name, Path(path) if Path(path).is_dir() else None, revision)
+
+
+def story_of(name: str) -> Story | None:
+    """How the checkpoint MODEL came to be, if its folder says so.
+
+    Raises:
+        WorkError: what it says is damaged.
+    """
+    return read_story(Path(model_path(name)))
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -399,18 +414,20 @@ def save_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    story: Callable[[], Story] | None = None,
 ) -> None:
-    """Write model and tokenizer to the folder `out`, whole or not at all.
+    """Write model and tokenizer to the folder `out`, whole or not at all, and a model card.
 
     Args:
         dtype: cast the model to this dtype first, in place; as it is if None.
+        story: what the card is to say, asked for when all else is written; if None, what the model itself has of it.
 
     Raises:
         RequestError: `out` is not an empty folder and `overwrite` is False.
         WorkError: the folder could not be written (a full disk, say); what was in `out` is still there.
     """
     with atomic_folder(out, overwrite) as partial:
-        write_model(model, tokenizer, partial, dtype)
+        write_model(model, tokenizer, partial, dtype, story)
 
 
 def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
@@ -420,9 +437,13 @@ def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def write_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, dtype: torch.dtype | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    dtype: torch.dtype | None,
+    story: Callable[[], Story] | None = None,
 ) -> None:
-    """Model and tokenizer as files of `folder`, for use inside `atomic_folder`."""
+    """Model and tokenizer as files of `folder`, and for a compressed model a card, for use inside `atomic_folder`."""
     if dtype is not None:
         cast_parameters_(model, dtype)
     model.save_pretrained(folder)
@@ -431,6 +452,31 @@ def write_model(
             record_checksum_(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    plan = attached_plan(model)
+    if story is not None:
+        write_card(folder, story)
+    elif plan is not None:
+        write_card(folder, lambda: _story_from_python(model, plan))
+
+
+def _story_from_python(model: PreTrainedModel, plan: Plan) -> Story:
+    """What a model that no command has made says of itself: from where it was loaded, and its plan."""
+    source = str(getattr(model.config, "name_or_path", "") or "")
+    folder = Path(source)
+    if not source:
+        known = Story()
+    elif not folder.is_dir():
+        known = Story(base=read_base(source, None, getattr(model.config, "_commit_hash", None)))
+    elif _holds_compressed(folder):
+        known = read_story(folder) or Story()
+    else:
+        known = Story(base=read_base(source, folder))
+    return known.after(step("save")).model_copy(update={"plan": plan_fields(plan)})
+
+
+def _holds_compressed(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return (config.get("quantization_config") or {}).get("quant_method") == METHOD
 
 
 def check_writable(out: Path, overwrite: bool) -> None:

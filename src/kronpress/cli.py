@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,16 +16,33 @@ import datasets
 import typer
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
+from rich.live import Live
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from kronpress import chat as chatting
 from kronpress.benchmark import DEFAULT_NEW_TOKENS, DEFAULT_ROUNDS, RIVALS, benchmark
-from kronpress.checkpoint import check_writable, load_config, load_model, save_checkpoint
+from kronpress.checkpoint import (
+    attached_plan,
+    base_of,
+    check_writable,
+    load_config,
+    load_model,
+    save_checkpoint,
+    story_of,
+)
+from kronpress.doctor import diagnose
 from kronpress.errors import RequestError, Terminated, WorkError, unknown_name
 from kronpress.evaluation import LONGEST_DEFAULT_WINDOW, PROTOCOLS, check_vocabulary, evaluate
 from kronpress.export import FORMATS, export_checkpoint
 from kronpress.families import GEOMETRIES
 from kronpress.harness import find_tasks, run_tasks
 from kronpress.healing import first_windows, heal_, num_tokens_read, reconstruct_blocks_
+from kronpress.hub import Upload, check_repo_id, check_token, plan_upload
+from kronpress.hub import push as push_upload
+from kronpress.model_card import Story, plan_fields, step, training
 from kronpress.pipeline import Messages, calibrated, compress_stages_, healing_folder, planned_memory, validation_tokens
 from kronpress.pipeline import run as run_pipeline
 from kronpress.pipeline import sweep as sweep_runs
@@ -31,14 +50,19 @@ from kronpress.planning import make_plan
 from kronpress.processes import from_main, in_main, is_main, join, leave, num_processes, process_number, wait_for_all
 from kronpress.recipe import POCKET, dump_recipe, load_recipe, recipe_names
 from kronpress.report import (
+    answer_columns,
+    answer_figures,
     benchmark_tables,
     block_line,
+    doctor_tables,
     evaluation_tables,
+    fit_,
     healing_line,
     layers_table,
     plan_tables,
     results_table,
     tasks_table,
+    wrapped,
 )
 from kronpress.reporting import Comparison, comparison_json, comparison_terminal, write_comparison, write_report
 from kronpress.reporting import compare as compare_runs
@@ -54,9 +78,24 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 143 stopped by SIGTERM after saving. "
     "--debug shows the traceback of an error.",
 )
-# Names and texts may hold square brackets, so nothing printed is markup.
-out_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-err_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def make_console(stderr: bool = False) -> Console:
+    """Names and texts may hold square brackets, so nothing printed is markup. With NO_COLOR nothing is bold either."""
+    plain = bool(os.environ.get("NO_COLOR"))
+    return Console(
+        stderr=stderr,
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+        emoji=False,
+        color_system=None if plain else "auto",
+    )
+
+
+out_console, err_console = make_console(), make_console(stderr=True)
+# What --json prints: one document, when all is done.
+_documents: list[Any] = []
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or `pocket`, the bundled model")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="a compressed checkpoint, or a run directory")]
@@ -71,30 +110,56 @@ AcceptOption = Annotated[
 MixedOption = Annotated[
     bool, typer.Option("--allow-mixed", help="compare runs of different teachers, texts or protocols, and say so")
 ]
+PushOption = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO_ID", help="send the checkpoint to this repository of the Hub"),
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="of the repository, if it is not there yet")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document and nothing else")]
 
 
 def _say(text: str) -> None:
     if is_main():
-        err_console.print(text)
+        err_console.print(wrapped(text, err_console.width))
+
+
+def _tell(text: str) -> None:
+    out_console.print(wrapped(text, out_console.width))
+
+
+def _print_table(table: Table) -> None:
+    fit_(table, out_console.width)
+    out_console.print(table)
 
 
 DEFAULT_HEALING_TOKENS = 1_000_000
+# Of `chat` on a terminal.
+LEAST_WIDTH_OF_COLUMNS, FRAMES_PER_SECOND = 50, 12
 MESSAGES = Messages(stage=_say, healing=lambda row: _say(healing_line(row)))
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=1, ensure_ascii=False))
+    """Print it as the one document of --json, when the command is done and nothing has failed."""
+    _documents[:] = [document]
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="recipe to print")] = None) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="recipe to print")] = None,
+    as_json: JsonOption = False,
+) -> None:
     """List the built-in recipes, or print one."""
+    if as_json:
+        shown = [load_recipe(each).model_dump(mode="json") for each in ([name] if name else recipe_names())]
+        _print_json(shown[0] if name else shown)
+        return
     if name is not None:
         print(dump_recipe(load_recipe(name)), end="")
         return
+    listed = Table.grid(padding=(0, 2))
     for each in recipe_names():
-        print(f"{each:14} {load_recipe(each).description}")
+        listed.add_row(each, load_recipe(each).description)
+    _print_table(listed)
 
 
 @app.command()
@@ -154,16 +219,14 @@ def plan(
         _print_json(document)
         return
     for table in plan_tables(made):
-        out_console.print(table)
+        _print_table(table)
     if measured is None:
         return
     for table in spectrum_tables(measured):
         out_console.print()
-        out_console.print(table)
+        _print_table(table)
     if moments is None:
-        out_console.print(
-            f"recipe {resolved.name!r} is not calibrated: --set weighting.metric=input adds the energy of outputs"
-        )
+        _tell(f"recipe {resolved.name!r} is not calibrated: --set weighting.metric=input adds the energy of outputs")
     if plot is not None:
         out_console.print(f"plot: {plot}")
 
@@ -181,6 +244,8 @@ def compress(
         bool, typer.Option("--streaming", help="layer by layer from the files of MODEL, which need not fit into memory")
     ] = False,
     overwrite: OverwriteOption = False,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fit and replace, without training, and write the checkpoint.
@@ -190,6 +255,7 @@ def compress(
     """
     join()
     from_main(lambda: check_writable(out, overwrite))
+    from_main(lambda: _check_push(push_to_hub, private))
     calibrated_on = [f"calibration.data={json.dumps(calibration)}"] if calibration else []
     resolved = load_recipe(recipe, [*(changes or []), *calibrated_on], model)
     if calibration and all(part.weighting.metric == "none" for part in resolved.parts):
@@ -200,28 +266,34 @@ def compress(
     def progress(name: str, done: int, total: int) -> None:
         _say(f"  {done + 1}/{total} {name}")
 
+    def story() -> Story:
+        carried_out = resolved.model_dump(mode="json", exclude={"reconstruction", "healing", "evaluation", "rivals"})
+        taken = step("compress", _command(), recipe=carried_out, seed=resolved.seed)
+        return Story(base=base_of(model, resolved.revision), steps=[taken], plan=plan_fields(made))
+
     if streaming:
         if resolved.weighting.metric != "none":
             raise RequestError(f"--streaming: recipe {resolved.name!r} is calibrated, which needs the model in memory")
         made = make_plan(load_config(model, resolved.revision), resolved)
         if num_processes() > 1:
             raise RequestError(f"--streaming: works in one process, and there are {num_processes()}")
-        layers = compress_streaming(model, made, out, progress=progress, overwrite=overwrite)
+        layers = compress_streaming(model, made, out, progress=progress, overwrite=overwrite, story=story)
     else:
         loaded = load_model(model, resolved.revision)
         made, layers = compress_stages_(loaded, resolved, _say, progress)
         if is_main():
-            save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite)
+            save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite, story=story)
         wait_for_all()
         if not is_main():
             return
     if as_json:
         reports = {name: report.model_dump(mode="json") for name, report in layers.items()}
         _print_json({"out": str(out), "plan": made.model_dump(mode="json"), "layers": reports})
-        return
-    out_console.print(layers_table(layers))
-    out_console.print(plan_tables(made)[0])
-    out_console.print(f"checkpoint: {out}")
+    else:
+        _print_table(layers_table(layers))
+        _print_table(plan_tables(made)[0])
+        out_console.print(f"checkpoint: {out}")
+    _push(out, push_to_hub, private)
 
 
 @app.command()
@@ -234,6 +306,8 @@ def heal(
     resume: ResumeOption = False,
     accept_changes: AcceptOption = False,
     overwrite: OverwriteOption = False,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a compressed checkpoint by distillation from its teacher, and write the healed one.
@@ -244,6 +318,7 @@ def heal(
     """
     join()
     from_main(lambda: check_writable(out, overwrite))
+    from_main(lambda: _check_push(push_to_hub, private))
     for change in changes or []:
         if not change.startswith(("healing.", "reconstruction.", "seed=")) or change.startswith("healing.data"):
             raise RequestError(f"--set {change!r}: heal takes healing.* but data, reconstruction.*, and seed")
@@ -257,6 +332,7 @@ def heal(
     num_tokens = num_tokens_read(resolved.healing, resolved.reconstruction)
     student, dense = load_model(str(directory)), load_model(teacher, resolved.revision)
     check_vocabulary(student.model, student.tokenizer)
+    known = story_of(str(directory))
     tokens = load_train_data(student.tokenizer, resolved.healing.data, num_tokens, resolved.healing.sequence_length)
     validation = validation_tokens(student.tokenizer, resolved.healing)
     with in_main(lambda: healing_folder(out, resume, overwrite)) as work:
@@ -286,19 +362,30 @@ def heal(
             progress=MESSAGES.healing,
             messages=_say,
         )
+        if by_blocks is not None:  # whose tokens are healing's too
+            log = log.model_copy(update={"tokens": log.tokens + by_blocks.tokens})
+
+        def story() -> Story:
+            before, compressed = known or Story(base=base_of(teacher, resolved.revision)), attached_plan(student.model)
+            trained = training(resolved, log.num_steps, log.tokens)
+            taken = step("heal", _command(), seed=resolved.seed, training=trained)
+            plan = None if compressed is None else plan_fields(compressed)
+            return before.after(taken).model_copy(update={"plan": plan})
+
         if is_main():
-            save_checkpoint(student.model, student.tokenizer, out, dtype=student.dtype, overwrite=overwrite)
+            save_checkpoint(
+                student.model, student.tokenizer, out, dtype=student.dtype, overwrite=overwrite, story=story
+            )
     if not is_main():
         return
-    if by_blocks is not None:  # whose tokens are healing's too
-        log = log.model_copy(update={"tokens": log.tokens + by_blocks.tokens})
     if as_json:
         document = {"out": str(out), "reconstruction": None, "healing": log.model_dump(mode="json")}
         if by_blocks is not None:
             document["reconstruction"] = by_blocks.model_dump(mode="json")
         _print_json(document)
-        return
-    out_console.print(f"healed on {log.tokens:,} tokens in {log.seconds:.0f} s; checkpoint: {out}")
+    else:
+        out_console.print(f"healed on {log.tokens:,} tokens in {log.seconds:.0f} s\ncheckpoint: {out}")
+    _push(out, push_to_hub, private)
 
 
 @app.command("eval")
@@ -343,9 +430,9 @@ def evaluate_command(
         _print_json({"model": model, "revision": loaded.revision, "metrics": metrics, "tasks": task_results})
         return
     for table in evaluation_tables(model, metrics):
-        out_console.print(table)
+        _print_table(table)
     if task_results:
-        out_console.print(tasks_table(model, task_results))
+        _print_table(tasks_table(model, task_results))
 
 
 @app.command()
@@ -416,7 +503,7 @@ def bench(
         _print_json(result.model_dump(mode="json"))
         return
     for table in benchmark_tables(result):
-        out_console.print(table)
+        _print_table(table)
 
 
 def _words(given: str) -> list[str]:
@@ -438,10 +525,70 @@ def export(
         str, typer.Option(help="; ".join(f"{name}: {meaning}" for name, meaning in FORMATS.items()))
     ] = "dense",
     overwrite: OverwriteOption = False,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a compressed checkpoint in another format."""
-    export_checkpoint(str(directory), format, out, overwrite=overwrite, say=_say)
-    out_console.print(f"{format} checkpoint: {out}")
+    _check_push(push_to_hub, private)
+    export_checkpoint(str(directory), format, out, overwrite=overwrite, say=_say, command=_command())
+    if as_json:
+        _print_json({"out": str(out), "format": format})
+    else:
+        out_console.print(f"{format} checkpoint: {out}")
+    _push(out, push_to_hub, private)
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a checkpoint of any format, or a run directory")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME of the repository on the Hub")],
+    private: PrivateOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list what would be sent, and send nothing; needs no token, no network")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Send a checkpoint with its model card to a repository of the Hugging Face Hub.
+
+    The repository is made if it is not there. The card's lines that load the model are given the repository's name.
+    """
+    upload = plan_upload(directory, repo_id, private)
+    if not dry_run:
+        push_upload(upload)
+    if as_json:
+        _print_json({**upload.to_json(), "dry_run": dry_run})
+        return
+    _show_upload(upload, dry_run)
+
+
+def _check_push(repo_id: str | None, private: bool) -> None:
+    """Refuse what cannot be sent to the Hub before the work that makes it."""
+    if repo_id is None:
+        if private:
+            raise RequestError("--private says of what kind the repository of --push-to-hub is, and none is given")
+        return
+    check_repo_id(repo_id)
+    check_token()
+
+
+def _push(out: Path, repo_id: str | None, private: bool) -> None:
+    if repo_id is not None and is_main():
+        _say(f"sending {out} to {repo_id}")
+        upload = plan_upload(out, repo_id, private)
+        push_upload(upload)
+        _say(f"sent to {upload.url}")
+
+
+def _show_upload(upload: Upload, is_dry_run: bool) -> None:
+    for name, size in upload.files.items():
+        out_console.print(f"{size:>15,}  {name}")
+    out_console.print(f"{sum(upload.files.values()):>15,}  bytes in {len(upload.files)} files of {upload.folder}")
+    kind = "private" if upload.private else "public"
+    if is_dry_run:
+        out_console.print(f"would go to {upload.url}, made {kind} if it is not there; nothing was sent")
+    else:
+        out_console.print(f"sent to {upload.url}")
 
 
 @app.command()
@@ -452,10 +599,13 @@ def run(
     resume: ResumeOption = False,
     accept_changes: AcceptOption = False,
     overwrite: OverwriteOption = False,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compress, heal, measure and save: everything a recipe says, in one run directory."""
     join()
+    from_main(lambda: _check_push(push_to_hub, private))
     results = run_pipeline(
         load_recipe(recipe, changes),
         out,
@@ -466,6 +616,7 @@ def run(
         command=_command(),
     )
     _show(results, out, as_json)
+    _push(out, push_to_hub, private)
 
 
 # Krony-PT heals by language-model loss; distillation from the dense model does better on the validation books.
@@ -491,9 +642,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="page to write; report.html in DIR if not given")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the page of a run anew from its results.json: one file, no network."""
-    out_console.print(f"report: {write_report(directory, out)}")
+    written = write_report(directory, out)
+    if as_json:
+        _print_json({"out": str(written)})
+    else:
+        out_console.print(f"report: {written}")
 
 
 @app.command()
@@ -553,9 +709,122 @@ def _show_comparison(comparison: Comparison, as_json: bool) -> None:
         _print_json(comparison_json(comparison))
         return
     for line in [*comparison.mixed, *comparison.remarks]:
-        out_console.print(line)
+        _tell(line)
     for table in comparison_terminal(comparison):
-        out_console.print(table)
+        _print_table(table)
+
+
+@app.command()
+def doctor(
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="also compile a function with torch.compile, some ten seconds")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Say what is installed, what the machine has, and which fast paths are on; if not, why, and what would help.
+
+    Everything is tried on something small. Nothing is downloaded. The exit code is 1 if something needed is broken.
+    """
+    found = diagnose(thorough, _say)
+    if as_json:
+        _print_json({"broken": found.broken, **found.model_dump(mode="json")})
+    else:
+        for table in doctor_tables(found):
+            _print_table(table)
+    for problem in found.broken:
+        _say(f"kronpress: broken: {problem}")
+    if not found.broken and not as_json:
+        _tell("everything that is needed works")
+    return 1 if found.broken else 0
+
+
+@app.command()
+def chat(
+    model: Model,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL2", help="the model beside it; what MODEL was made from, if it says so"),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="answer this and end; if not given, prompts are asked for")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="of each answer")] = chatting.DEFAULT_NEW_TOKENS,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of what is drawn, the same for both")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a prompt with a compressed model and the dense one beside it, with the speed and memory of each.
+
+    They answer one after the other, so that neither slows the other down. An empty line, Ctrl-D or Ctrl-C ends.
+    """
+    settings = chatting.Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    settings.check()
+    if prompt is None and as_json:
+        raise RequestError("--json gives one document for one prompt: give --prompt")
+    if prompt is not None:
+        chatting.check_prompt(prompt)
+    names = [against or chatting.made_from(model), model]
+    speakers = []
+    for name in names:
+        _say(f"loading {name}")
+        speakers.append(chatting.speaker(name))
+    for each in speakers if prompt is not None else ():  # both, before one of them takes its time
+        chatting.prompt_ids(each, prompt or "")
+    if as_json:
+        answers = [chatting.answer(each, prompt or "", settings) for each in speakers]
+        document = {"prompt": prompt, **settings.model_dump(), "same_tokens": chatting.share_tokens(*speakers)}
+        _print_json({**document, "answers": [each.model_dump(mode="json") for each in answers]})
+        return
+    for line in chatting.header(*speakers):
+        _tell(line)
+    if prompt is not None:
+        _answer(speakers, prompt, settings)
+        return
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while given := _asked_for():
+            try:
+                _answer(speakers, given, settings)
+            except RequestError as error:
+                _say(f"kronpress: error: {error}")
+    out_console.print()
+
+
+def _asked_for() -> str:
+    """The next prompt; empty at an empty line or the end of the input."""
+    return (input("\n> ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
+
+
+def _answer(speakers: list[chatting.Speaker], prompt: str, settings: chatting.Settings) -> None:
+    """Both answers: in two columns as they come on a terminal that is wide enough, else one below the other."""
+    labels = chatting.labels(*speakers)
+    texts = ["" for _ in speakers]
+    answers: list[chatting.Answer] = []
+    width = out_console.width
+    if not out_console.is_terminal or out_console.is_dumb_terminal or width < LEAST_WIDTH_OF_COLUMNS:
+        for each, label in zip(speakers, labels, strict=True):
+            answer = chatting.answer(each, prompt, settings)
+            out_console.print(f"\n{label}")
+            text = Text(chatting.printable(answer.text.strip("\n")))
+            out_console.print(Padding(text, (0, 0, 0, 2), expand=False), soft_wrap=False)
+            for line in answer_figures(answer):
+                _tell(f"  {line}")
+        return
+    with Live(console=out_console, auto_refresh=False) as live:
+        drawn = 0.0
+
+        def show(is_due: bool) -> None:
+            nonlocal drawn
+            if is_due or time.monotonic() - drawn > 1 / FRAMES_PER_SECOND:
+                live.update(answer_columns(labels, texts, answers, width), refresh=True)
+                drawn = time.monotonic()
+
+        for number, each in enumerate(speakers):
+
+            def shown(text: str, number: int = number) -> None:
+                texts[number] = text
+                show(False)
+
+            answers.append(chatting.answer(each, prompt, settings, shown))
+            texts[number] = answers[number].text
+            show(True)
 
 
 def _command() -> list[str]:
@@ -568,10 +837,11 @@ def _show(results: dict[str, Any], out: Path, as_json: bool) -> None:
     if as_json:
         _print_json(results)
         return
-    out_console.print(results_table(results))
+    _print_table(results_table(results))
     for row in results["rows"]:
-        out_console.print(f"{row['name']}: {row['continuation']!r}\n")
-    out_console.print(f"checkpoint: {out / 'model'}    all figures: {out / 'results.json'}\nTo load it:\n")
+        out_console.print(f"{row['name']}:")
+        out_console.print(Padding(Text(repr(row["continuation"])), (0, 0, 1, 2), expand=False), soft_wrap=False)
+    out_console.print(f"checkpoint: {out / 'model'}\nall figures: {out / 'results.json'}\nTo load it:\n")
     print("    import kronpress")
     print("    from transformers import AutoModelForCausalLM")
     print(f"    model = AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})")
@@ -607,17 +877,33 @@ def main(arguments: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    as_json = "--json" in arguments
+    _documents.clear()
+    # A document has standard output for itself: whatever else is said there goes to standard error.
+    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
             raise unknown_name("command", arguments[0], COMMANDS)
-        if not app(arguments or ["--help"], prog_name="kronpress", standalone_mode=False):
+        with aside:
+            ended = app(arguments or ["--help"], prog_name="kronpress", standalone_mode=False)
+        if ended in (None, 0, 1):  # 1 of a doctor, who has said it all
             leave()
-            return 0
+            for document in _documents:
+                _write_json(document)
+            return ended or 0
         code, message = 130, "interrupted"  # what typer makes of a keyboard interrupt
     except Exception as error:
         code, message = _explain(error)
         if debug:
             traceback.print_exc()
     which = f" in process {process_number()} of {num_processes()}" if num_processes() > 1 else ""
-    print(f"kronpress: error{which}: {message}", file=sys.stderr)
+    said = f"kronpress: error{which}: {message}"
+    # For programs one line.
+    print(wrapped(said, err_console.width) if err_console.is_terminal else said, file=sys.stderr)
+    if as_json and is_main():
+        _write_json({"error": message, "exit_code": code})
     return code
+
+
+def _write_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, ensure_ascii=False))

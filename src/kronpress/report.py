@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
 from kronpress.benchmark import Benchmark, ModelBenchmark, Speedup, Spread, Timing, Ways
+from kronpress.chat import Answer, printable
 from kronpress.compression import LayerReport
+from kronpress.doctor import Diagnosis
 from kronpress.errors import RequestError
 from kronpress.healing import BlockReport, HealingRow
 from kronpress.plan import Plan
@@ -30,6 +35,50 @@ _TITLES_AND_FORMATS = {
     "num_words": ("words", ","),
 }
 
+# Of a text in the first column of a table; paths may have any length.
+LONGEST_LABEL = 24
+# A word and what is behind it; a quoted path is one word, whatever is in it.
+_WORD = re.compile(r"""(?:(?<!\S)(?:'[^'\n]*/[^'\n]*'|"[^"\n]*/[^"\n]*")\S*|\S+)\s*""")
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` columns where words allow it: none is broken, and a path is one word.
+
+    >>> print(wrapped("  the sums are in '/a folder/with spaces' now", 32))
+      the sums are in
+        '/a folder/with spaces' now
+    """
+    lines = []
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())]
+        words = _WORD.findall(line[len(indent) :]) if cell_len(line) > width else [line[len(indent) :]]
+        lines.append(indent)
+        for word in words:
+            if lines[-1].strip() and cell_len(lines[-1] + word.rstrip()) > width:
+                lines.append(f"{indent}  ")
+            lines[-1] += word
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def fit_(table: Table, width: int) -> None:
+    """Let the table show every figure and name whole, within `width` columns as far as they allow it.
+
+    Rich would cut words where there is no room. Here texts are wrapped between words, then the table's own blanks
+    become fewer, and then it is wider.
+    """
+    least = 1 + len(table.columns)
+    for column in table.columns:
+        cells = [line for cell in (column.header, *column.cells) for line in str(cell).split("\n")]
+        # The blanks that a line begins with stay with its first word.
+        pieces = cells if column.no_wrap else [word for line in cells for word in re.findall(r"^\s*\S+|\S+", line)]
+        column.min_width = max(map(cell_len, pieces), default=0)
+        least += column.min_width
+    if least + 2 * len(table.columns) > width:
+        table.padding = (0, 1, 0, 0)
+    for part in ("title", "caption"):
+        if getattr(table, part):
+            setattr(table, part, wrapped(str(getattr(table, part)), width))
+
 
 def results_table(results: dict[str, Any]) -> Table:
     """One row for each measured model, dense first; one section for each test text.
@@ -46,10 +95,11 @@ def results_table(results: dict[str, Any]) -> Table:
     table.add_column("model")
     for title in ("parameters", "MB", *_titles(names)):
         table.add_column(title, justify="right")
+    labels, notes = _short_names(sets)
     for name in sets:
         if len(sets) > 1:
             table.add_section()
-            table.add_row(f"on {name}")
+            table.add_row(f"on {labels[name]}")
         for row in results["rows"]:
             figures = row["metrics"][name]
             table.add_row(
@@ -58,10 +108,21 @@ def results_table(results: dict[str, Any]) -> Table:
                 f"{row['bytes'] / 1e6:.2f}",
                 *_cells(figures, names),
             )
-    table.caption = "\n".join(
-        f"{name}: {_protocol(figures)}; {figures['num_tokens']:,} tokens" for name, figures in sets.items()
-    )
+    protocols_of = [f"{labels[name]}: {_protocol(sets[name])}; {sets[name]['num_tokens']:,} tokens" for name in sets]
+    table.caption = "\n".join([*notes, *protocols_of])
     return table
+
+
+def _short_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """What a table calls each text, and the lines below it that say what long names stand for."""
+    labels: dict[str, str] = {}
+    notes: list[str] = []
+    for name in names:
+        labels[name] = name
+        if cell_len(name) > LONGEST_LABEL:
+            labels[name] = f"({len(notes) + 1})"
+            notes.append(f"{labels[name]} {name}")
+    return labels, notes
 
 
 def _titles(names: list[str]) -> list[str]:
@@ -122,12 +183,15 @@ def layers_table(layers: dict[str, LayerReport]) -> Table:
 def evaluation_tables(name: str, metrics: dict[str, dict[str, Any]]) -> list[Table]:
     """One model on several texts: a table for each protocol, and for each window, stride and BOS of it."""
     tables: dict[str, Table] = {}
+    labels, notes = _short_names(metrics)
     for text, figures in metrics.items():
         names = [each for part in _FIGURES[figures["protocol"]] for each in part]
         protocol = _protocol(figures)
         if protocol not in tables:
             tables[protocol] = _titled_table(f"{name}\n{protocol}", ["text", *_titles(names)])
-        tables[protocol].add_row(text, *_cells(figures, names))
+        tables[protocol].add_row(labels[text], *_cells(figures, names))
+    for table in tables.values():
+        table.caption, table.caption_justify = "\n".join(notes), "left"
     return list(tables.values())
 
 
@@ -299,3 +363,67 @@ def healing_line(row: HealingRow) -> str:
         f"  step {row.step}/{row.num_steps}  {terms}  rate {row.learning_rate:.1e}  "
         f"{row.tokens_per_second:,.0f} tok/s  {left} left"
     )
+
+
+def doctor_tables(found: Diagnosis) -> list[Table]:
+    """What is installed, the machine, what everything needs, and the fast ways: those that are off say what helps."""
+    packages = Table(box=SIMPLE_HEAD, padding=(0, 1), title="installed", title_justify="left")
+    for column in ("package", "version", "wanted", "for"):
+        packages.add_column(column)
+    for package in found.packages:
+        extra = "" if not package.extra else f"pip install 'kronpress[{package.extra}]'"
+        state = "–" if package.installed is None else f"{package.installed}{'' if package.fits else ' (does not fit)'}"
+        use = package.purpose or extra or "everything"
+        packages.add_row(package.name, state, package.wanted or "any", use)
+    machine = _titled_table("machine", ["", ""])
+    machine.columns[1].justify = "left"
+    memory = [_gigabytes(each) for each in (found.memory_bytes, found.available_bytes)]
+    for name, value in (
+        ("kronpress", found.kronpress),
+        ("system", f"{found.platform}, Python {found.python}"),
+        ("processor", found.machine.cpu),
+        ("", ", ".join(found.machine.instructions)),
+        ("cores", f"{found.machine.cores}, {found.usable_cores} of them usable; torch uses {found.machine.threads}"),
+        ("memory", f"{memory[0]}; {memory[1]} left for models on {found.machine.device}"),
+        ("accelerator", "none" if found.machine.device == "cpu" else found.machine.device),
+    ):
+        machine.add_row(name, value)
+    checks = Table(box=SIMPLE_HEAD, padding=(0, 1), title="what everything needs, tried", title_justify="left")
+    for column in ("", "works", "what came out"):
+        checks.add_column(column)
+    for check in found.checks:
+        checks.add_row(check.name, "yes" if check.works else "NO", check.told)
+    paths = Table(box=SIMPLE_HEAD, padding=(0, 1), title="fast paths", title_justify="left")
+    for column in ("", "on", "what was seen; what would switch it on"):
+        paths.add_column(column)
+    for path in found.fast_paths:
+        helps = "" if path.switch_on is None else f"\n→ {path.switch_on}"
+        paths.add_row(path.name, "yes" if path.is_on else "no", f"{path.told}{helps}")
+    return [packages, machine, checks, paths]
+
+
+def _gigabytes(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / 1e9:.1f} GB"
+
+
+def answer_columns(labels: Sequence[str], texts: Sequence[str], answers: Sequence[Answer], width: int) -> Table:
+    """Texts of answers beside one another, and below each what it took, of those that are complete."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), width=width)
+    for label in labels:
+        table.add_column(label, ratio=1, overflow="fold")
+    table.add_row(*(Text(printable(text)) for text in texts))
+    if answers:
+        table.add_section()
+        table.add_row(*("\n".join(answer_figures(answer)) for answer in answers))
+    return table
+
+
+def answer_figures(answer: Answer) -> list[str]:
+    """Speed and memory of one answer, a line each."""
+    speed = "–" if answer.tokens_per_second is None else _three_digits(answer.tokens_per_second)
+    stopped = {"end": "ended by itself", "length": "as many as asked for", "context": "the context is full"}
+    return [
+        f"{speed} tokens/s, {answer.new_tokens} new, {stopped[answer.stopped]}",
+        f"prefill of {answer.prompt_tokens} tokens {_three_digits(1e3 * answer.prefill_seconds)} ms",
+        f"weights {_megabytes(answer.weight_bytes)} MB in {answer.dtype}, peak {_megabytes(answer.peak_bytes)} MB",
+    ]

@@ -21,9 +21,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kronpress.calibration import Moments
-from kronpress.checkpoint import attach_plan_, cast_parameters_, check_writable, load_config, model_path, take_name
+from kronpress.checkpoint import (
+    attach_plan_,
+    base_of,
+    cast_parameters_,
+    check_writable,
+    load_config,
+    model_path,
+    take_name,
+)
 from kronpress.compression import LayerReport, check_moments, check_shapes, replace_layers_, without_lost_heads
 from kronpress.errors import RequestError, WorkError
+from kronpress.model_card import Story, plan_fields, step, write_card
 from kronpress.plan import Plan, owners_first, reduced_shapes
 from kronpress.planning import meta_model
 from kronpress.surgery import replace_by_matrix_, replaceable_layers
@@ -54,6 +63,7 @@ def compress_streaming(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     device: torch.device | str | None = None,
+    story: Callable[[], Story] | None = None,
 ) -> dict[str, LayerReport]:
     """Load the model `source`, `compress_` and `save_checkpoint`, with a few matrices in memory at a time.
 
@@ -68,6 +78,7 @@ def compress_streaming(
         progress: called with a layer's name, how many are done and how many there are.
         max_shard_bytes: of the tensors in one weights file; a single larger one has a file of its own.
         device: where layers are fitted; the GPU if there is one.
+        story: what the model card is to say, as of `save_checkpoint`.
 
     Returns:
         The error of every replaced layer, by its name.
@@ -108,6 +119,10 @@ def compress_streaming(
         _copy_rest(target, dense, files, journal, layout, made)
         files.finish()
         _write_rest(weights.folder, target, folder)
+        write_card(
+            folder,
+            story or (lambda: Story(base=base_of(str(source)), steps=[step("save")], plan=plan_fields(plan))),
+        )
         journal.path.unlink()
         take_name(folder, out)
     return reports

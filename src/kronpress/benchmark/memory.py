@@ -69,21 +69,21 @@ def _measure_memory(contender: Contender, vocab_size: int, work: Work, threads: 
     torch.set_num_threads(threads)
     # Imports the model's code, which transformers would do during loading.
     shell(contender)
-    baseline = _restart_peak()
+    baseline = restart_peak()
     started = time.perf_counter()
     model = build(contender).model
     load_seconds = None if contender.random_weights else time.perf_counter() - started
-    made = _peak_above(baseline)
-    _give_back_free_memory()
-    _restart_peak()
+    made = peak_above(baseline)
+    give_back_free_memory()
+    restart_peak()
     ids = token_ids(vocab_size, work.prompt_tokens + work.new_tokens, work.batch_size)
     prefill_and_decode(model, ids, work.prompt_tokens)
-    running = _peak_above(baseline)
+    running = peak_above(baseline)
     peak = None if made is None or running is None else max(made, running)
     return Memory(peak_bytes=peak, running_peak_bytes=running, load_seconds=load_seconds)
 
 
-def _restart_peak() -> int | None:
+def restart_peak() -> int | None:
     """Let the peak be what is held now, in bytes, and return it; None if the system cannot do that."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -95,7 +95,7 @@ def _restart_peak() -> int | None:
     return _peak_resident_bytes()
 
 
-def _peak_above(baseline: int | None) -> int | None:
+def peak_above(baseline: int | None) -> int | None:
     if baseline is None:
         return None
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident_bytes()
@@ -108,7 +108,7 @@ def _peak_resident_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def _give_back_free_memory() -> None:
+def give_back_free_memory() -> None:
     """Let what was freed count as freed: the C library keeps some of it."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's

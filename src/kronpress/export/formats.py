@@ -9,16 +9,19 @@ import torch
 
 from kronpress.checkpoint import (
     atomic_folder,
+    attached_plan,
     cast_parameters_,
     check_writable,
     is_compressed,
     load_model,
+    story_of,
     to_dense,
     write_model,
 )
 from kronpress.errors import RequestError
 from kronpress.export.onnx_graph import check_installed, write_onnx
 from kronpress.export.self_contained import change_config, write_self_contained
+from kronpress.model_card import Story, plan_fields, step, write_card
 
 FORMATS = {
     "dense": "an ordinary checkpoint for stock transformers",
@@ -28,12 +31,19 @@ FORMATS = {
 
 
 def export_checkpoint(
-    directory: str, format: str, out: Path, *, overwrite: bool = False, say: Callable[[str], object] = print
+    directory: str,
+    format: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], object] = print,
+    command: list[str] | None = None,
 ) -> None:
     """Write the compressed checkpoint in `directory` to the folder `out` in one of FORMATS, tokenizer included.
 
     Args:
         say: is told of what the user might not expect.
+        command: the command line that asked for it, for the model card.
 
     Raises:
         RequestError: no such format, a package that it needs is missing, `directory` holds no compressed checkpoint, or
@@ -50,6 +60,8 @@ def export_checkpoint(
     model = loaded.model
     if not is_compressed(model):
         raise RequestError(f"model {directory!r} has no structured layer: it is dense already")
+    plan, known = attached_plan(model), story_of(directory) or Story()
+    assert plan is not None, "a compressed model of transformers has one"
     with atomic_folder(out, overwrite) as folder:
         match format:
             case "dense":
@@ -64,3 +76,5 @@ def export_checkpoint(
                 for part in (model.config, model.generation_config, loaded.tokenizer):
                     part.save_pretrained(folder)  # type: ignore[union-attr]
                 change_config(folder, {"dtype": "float32"})
+        exported = {"format": format, "plan": plan_fields(plan), "steps": [*known.steps, step("export", command)]}
+        write_card(folder, lambda: known.model_copy(update=exported))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from kronpress.calibration import Moments
 from kronpress.checkpoint import (
     LoadedModel,
     atomic_folder,
+    base_of,
     cast_parameters_,
     check_writable,
     load_model,
@@ -39,6 +38,7 @@ from kronpress.healing import (
 )
 from kronpress.healing.checkpoints import write_whole
 from kronpress.healing.progress import METRICS, metrics_lines
+from kronpress.model_card import device_name, versions
 from kronpress.pipeline.compressing import Calibrated, agreed, calibrated, compress_loaded_
 from kronpress.pipeline.shown import Passage, chance_energies, choose_passage, decode_speed, token_nats
 from kronpress.pipeline.working_folder import (
@@ -53,7 +53,7 @@ from kronpress.planning import check_stages, make_plan, plan_stages
 from kronpress.processes import from_main, in_main, is_main, join, wait_for_all
 from kronpress.recipe import Budget, Healing, Recipe, Reconstruction, dump_recipe, load_recipe, recipe_names
 from kronpress.report import block_line
-from kronpress.reporting import write_report
+from kronpress.reporting import run_story, write_report
 from kronpress.rivals import RIVALS, Contender, dense_contender
 from kronpress.tokens import RunningText, TrainData, data_names, join_documents, load_running_text, load_train_data
 
@@ -192,14 +192,13 @@ def _run(
             rows += more
         rivals.append({"rival": name, **rival_story})
 
-    packages = ("kronpress", "torch", "transformers", "accelerate", "datasets")
     results = {
         "format_version": RESULTS_FORMAT,
         "command": command,
         "model": {"name": teacher.name, "revision": teacher.revision, "dtype": plan.dtype},
         "data": {text.name: text.revision for text in arena.texts},
-        "versions": {**{name: version(name) for name in packages}, "python": platform.python_version()},
-        "device": _device_name(),
+        "versions": versions(),
+        "device": device_name(),
         "seed": recipe.seed,
         "prompt": PROMPT,
         "passage": arena.passage.to_json(),
@@ -225,7 +224,13 @@ def _run(
     with atomic_folder(out, overwrite=replaceable) as partial:
         (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         (partial / "plan.json").write_text(final.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        write_model(main.model, teacher.tokenizer, partial / "model", teacher.dtype)
+        write_model(
+            main.model,
+            teacher.tokenizer,
+            partial / "model",
+            teacher.dtype,
+            lambda: run_story(results, base_of(recipe.model, teacher.revision)),
+        )
         for number, stage in enumerate(stages, start=1):
             name = METRICS if len(stages) == 1 else f"stage-{number}-{METRICS}"
             rows_of = HealingLog.model_validate(stage["healing"]).rows
@@ -534,9 +539,3 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
         pad_token_id=tokenizer.eos_token_id,
     )
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"

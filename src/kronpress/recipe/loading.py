@@ -157,7 +157,8 @@ def _set_by_hand(name: str, layers: list[dict[str, Any]]) -> bool:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    # Lines end with the word that passes the width.
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=66)
 
 
 def _parse_overrides(overrides: list[str]) -> dict[str, Any]:
