@@ -125,8 +125,8 @@ def test_groups_against_every_choice(problem, data):
     within = [choice for choice in choices if total(choice, sizes) <= budget]
     known = data.draw(st.sampled_from(within), label="known")
     optimum = min(total(choice, costs) for choice in within)
-    for given in (None, known):
-        found = allocate(sizes, costs, budget, given, groups)
+    for start in (None, known):
+        found = allocate(sizes, costs, budget, start, groups)
         assert found.chosen in choices
         assert found.num_params == total(found.chosen, sizes) <= budget
         assert found.error == pytest.approx(total(found.chosen, costs))
