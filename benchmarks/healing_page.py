@@ -11,9 +11,11 @@ FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "healing_curves.png"
 LANGUAGE_MODEL, DEFAULT = "language model", "default"
 # What a training gains at most in its last tenth once it is called flat, in nats.
 FLAT = 0.005
-# The default and the language model alone are compared where this has about five times the tokens.
-MOST_TIMES = 5
+# The default and the language model alone are compared where this has so many times the tokens.
+TIMES = 5
 Run = dict[str, Any]
+# The rates by start and objective.
+Tried = dict[tuple[str, str], set[float]]
 
 
 def final(run: Run) -> float:
@@ -40,8 +42,10 @@ def of_all_seeds(runs: list[Run], start: str, objective: str, tokens: int) -> li
 
 
 def last_tenth(run: Run) -> float:
-    """What the validation loss fell by over the last tenth of the steps, in nats."""
-    return run["curve"][-2]["validation_nats"] - run["curve"][-1]["validation_nats"]
+    """What the validation loss fell by over the last tenth of the tokens or a little more, in nats."""
+    curve = run["curve"]
+    before = [point for point in curve if point["tokens"] <= 0.9 * curve[-1]["tokens"]]
+    return before[-1]["validation_nats"] - curve[-1]["validation_nats"]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -50,13 +54,15 @@ def spread(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
 
 
-def _row(label: str, runs: list[Run], dense: float) -> str:
+def _row(label: str, runs: list[Run], tried: Tried, dense: float) -> str:
     books = [run["test"] for run in runs]
     test = spread([book["perplexity"] for book in books], 2)
     rises = spread([book["nll_mean_nats"] - dense for book in books], 4)
     gains = spread([last_tenth(run) for run in runs], 4)
     finals = spread([final(run) for run in runs], 4)
-    return f"| {label} | {runs[0]['tokens']:,} | {runs[0]['rate']:g} | {finals} | {gains} | {test} | {rises} |"
+    rates = tried[runs[0]["start"], runs[0]["objective"]]
+    edge = " †" if runs[0]["rate"] in (min(rates), max(rates)) else ""
+    return f"| {label} | {runs[0]['tokens']:,} | {runs[0]['rate']:g}{edge} | {finals} | {gains} | {test} | {rises} |"
 
 
 def _section(results: dict[str, Any], start: str, dense: float) -> list[str]:
@@ -74,14 +80,14 @@ def _section(results: dict[str, Any], start: str, dense: float) -> list[str]:
     ]
     for name in objectives:
         several = of_all_seeds(runs, start, name, short) if name == DEFAULT else [best_trial(runs, start, name, short)]
-        lines.append(_row(name, several, dense))
+        lines.append(_row(name, several, results["tried"], dense))
     longer = _longer(mine, short)
     for many in longer:
         times = many[0]["tokens"] / short
-        lines.append(_row(f"{many[0]['objective']}, {times:g} times the tokens", many, dense))
+        lines.append(_row(f"{many[0]['objective']}, {times:g} times the tokens", many, results["tried"], dense))
     for theirs in (many for many in longer if start != "dense" and many[0]["objective"] == LANGUAGE_MODEL):
         for tokens in sorted({run["tokens"] for run in mine if run["objective"] == DEFAULT}):
-            if tokens < theirs[0]["tokens"] <= MOST_TIMES * tokens:
+            if theirs[0]["tokens"] == TIMES * tokens:
                 lines += ["", _verdict(of_all_seeds(runs, start, DEFAULT, tokens), theirs)]
     return [*lines, ""]
 
@@ -133,12 +139,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     runs, short = results["runs"], results["num_tokens"]
     starts = [start for start in dict.fromkeys(run["start"] for run in runs) if start != "dense"]
-    figure, axes = plt.subplots(1, len(starts), figsize=(6.2 * len(starts), 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(starts), figsize=(6.2 * len(starts), 6.0), layout="constrained")
     dense = [run for run in runs if run["start"] == "dense"]
     further = max(dense, key=lambda run: run["tokens"])
     for axis, start in zip(axes, starts, strict=True):
         mine = [run for run in runs if run["start"] == start]
-        names = list(dict.fromkeys(run["objective"] for run in mine if run["tokens"] == short))
+        names = sorted({run["objective"] for run in mine if run["tokens"] == short})
         for number, name in enumerate(names):
             is_default = name == DEFAULT
             best = [best_trial(runs, start, name, short)]
@@ -158,10 +164,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         _line(axis, further, "black", 1.2, "dense, trained further", ":")
         axis.set(xscale="log", xlabel="healing tokens", ylabel="perplexity, validation books", title=f"from {start}")
         axis.set_yscale("log")
-        axis.yaxis.set_minor_formatter("{x:.0f}")
-        axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -183,6 +189,9 @@ def _line(axis: Any, run: Run, colour: str, width: float, label: str | None, sty
 def page(path: Path, figure: Path) -> str:
     """The page as Markdown; the figure is drawn."""
     results = json.loads(path.read_text(encoding="utf-8"))
+    results["tried"] = {}
+    for run in results["runs"]:
+        results["tried"].setdefault((run["start"], run["objective"]), set()).add(run["rate"])
     results["runs"] = [run for run in results["runs"] if "test" in run]
     dense = results["starts"]["dense"]["nll_mean_nats"]
     starts = list(results["starts"])
@@ -195,7 +204,8 @@ def page(path: Path, figure: Path) -> str:
         "Every objective trains the same compressed `pocket` on the same tokens,",
         f"{results['sequences_per_step']} sequences of {results['sequence_length']} a step, with the best of four",
         "rates by trials on a fifth of them and the validation books; the test books are only reported. Every run has",
-        "its own cosine to a tenth of its rate. Of several seeds the mean is given, and the least and greatest.",
+        "its own cosine to a tenth of its rate. †: the lowest or the highest rate was best. Of several seeds the mean",
+        "is given, and the least and greatest.",
         "",
         _settings(results),
         "",
