@@ -24,7 +24,7 @@ from kronpress.evaluation import longest_context, scored_windows
 from kronpress.harness import find_tasks, run_tasks
 
 RECIPE = "krony-96m"
-TASK = "benchmarks/lm_eval/bundled_books.yaml"
+TASK = "benchmarks/lm_eval_tasks/bundled_books.yaml"
 
 
 def main() -> None:

@@ -337,9 +337,10 @@ def test_whoever_has_a_head_that_is_not_understood_is_told(tiny_model):
     model = Shifted(tiny_model("gpt2").config)
     told: list[str] = []
     kp.heal_(model, tiny_model("gpt2"), TOKENS, schedule(distillation_weight=1.0), messages=told.append)
+    told = [each for each in told if not each.startswith("healing takes about ")]
     assert told == [
         "the logits of all tokens of a pass are in memory at once: Shifted does more to its output embedding's result "
         "than is known"
     ]
     kp.heal_(model, None, TOKENS, schedule(chunk_tokens=0), messages=told.append)  # as asked for
-    assert len(told) == 1
+    assert [each.startswith("healing takes about ") for each in told] == [False, True]

@@ -14,7 +14,7 @@ from kronpress.evaluation import longest_context
 from kronpress.harness import find_tasks, run_tasks
 
 ROOT = Path(__file__).parents[1]
-TASK = ROOT / "benchmarks" / "lm_eval"
+TASK = ROOT / "benchmarks" / "lm_eval_tasks"
 BOOKS = ["The café stood on the corner of the street.", "Nobody knew him,\nand nobody asked."]
 
 

@@ -15,7 +15,7 @@ from kronpress.benchmark.sizes import Sizes, decode_bound
 from kronpress.benchmark.timing import WARM_UP_ROUNDS, Speedup, Timing, time_rounds, token_ids
 from kronpress.errors import RequestError
 from kronpress.evaluation import longest_context, num_embeddings
-from kronpress.plan import LayerPlan
+from kronpress.plan import LayerPlan, ReducedLayerPlan
 from kronpress.spectrum.energies import Form, captured_energies
 from kronpress.spectrum.measure import CHANCE_SEED
 from kronpress.tokens import RunningText, join_documents
@@ -129,6 +129,8 @@ def chance_energies(layers: Mapping[str, LayerPlan]) -> dict[str, float | None]:
 
 def _chance(layer: LayerPlan) -> float | None:
     m, n = layer.out_features, layer.in_features
+    if isinstance(layer, ReducedLayerPlan):  # what stays is as it was, and the rest is gone
+        return layer.num_params / layer.num_params_dense
     gaussian = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(CHANCE_SEED))
     if layer.structure == "kronecker":
         form = Form("kronecker", tuple(layer.spec.left_shape), tuple(layer.spec.right_shape))
