@@ -533,7 +533,7 @@ def table(rows: list[Row], kept: float) -> Iterator[str]:
     perplexities = " | ".join(f"perplexity, {text}" for text in texts)
     yield f"| method | kept | energy | chance | outputs | MLPs | FLOPs | 1 | 512 | {perplexities} | rate |"
     yield "|---|---|---|---|---|---|---|---|---|" + "---|" * (len(texts) + 1)
-    rates = sorted({row["rate"] for row in rows if "rate" in row})
+    rates = sorted({float(rate) for row in rows for rate in row.get("validation_nats_by_rate", [])})
     for row in rows:
         if "before" not in row or row.get("kept", kept) != kept:
             continue
