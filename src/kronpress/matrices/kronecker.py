@@ -397,3 +397,10 @@ def divisors(number: int) -> list[int]:
     """
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
+
+
+def check_divides(name: str, blocks: int, side: str, size: int) -> None:
+    """RequestError if one side of a matrix cannot be cut into so many `blocks`, with the numbers that can be."""
+    if size % blocks:
+        allowed = ", ".join(map(str, divisors(size)))
+        raise RequestError(f"{name} {blocks} does not divide {side} {size}; its divisors are {allowed}")

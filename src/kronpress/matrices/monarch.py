@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from kronpress.errors import RequestError
-from kronpress.matrices.kronecker import divisors
+from kronpress.matrices.kronecker import check_divides, divisors
 from kronpress.matrices.metric import FLOOR, FitMoments, Metric, as_metric, square_root
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 
@@ -60,8 +60,8 @@ class Monarch(StructuredMatrix):
     @staticmethod
     def factor_shapes(out_features: int, in_features: int, spec: MonarchSpec) -> dict[str, tuple[int, ...]]:
         k, c, b = spec.output_blocks, spec.input_blocks, spec.rank
-        _check_divides("output_blocks", k, "out_features", out_features)
-        _check_divides("input_blocks", c, "in_features", in_features)
+        check_divides("output_blocks", k, "out_features", out_features)
+        check_divides("input_blocks", c, "in_features", in_features)
         height, width = out_features // k, in_features // c
         if b > min(height, width):
             raise RequestError(f"rank {b} with blocks of {height}×{width}: at most {min(height, width)}")
@@ -175,7 +175,7 @@ class Monarch(StructuredMatrix):
             ("input_blocks", "in_features", in_features, input_blocks),
         ):
             if given is not None:
-                _check_divides(name, given, side, size)
+                check_divides(name, given, side, size)
             sides.append([d for d in divisors(size) if d < size] if given is None else [given])
         specs, most_of_all = [], 0
         for k, c in product(*sides):
@@ -191,12 +191,6 @@ class Monarch(StructuredMatrix):
         if rank is not None and rank > most_of_all:
             raise RequestError(f"rank {rank}: a block of a matrix of this shape has at most {most_of_all}")
         return specs
-
-
-def _check_divides(name: str, blocks: int, side: str, size: int) -> None:
-    if size % blocks:
-        allowed = ", ".join(map(str, divisors(size)))
-        raise RequestError(f"{name} {blocks} does not divide {side} {size}; its divisors are {allowed}")
 
 
 def _blocks(factors: Factors) -> tuple[Tensor, Tensor]:
