@@ -17,6 +17,9 @@ from kronpress.matrices.svd import balanced_svd
 # Directions in which a metric is smaller than this fraction of its largest are treated as if it were so large:
 # nothing is known of them, and their inverse must stay finite.
 FLOOR = 1e-7
+# Where half of the inputs are zero, or single precision has left eigenvalues below it: the first of these, times the
+# largest entry, that makes a side positive definite.
+FLOORS = (1e-12, 1e-10, 1e-8, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,33 @@ def square_root(matrix: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
     if vectors is None:
         return values, 1 / values
     return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
+
+
+def damped(metric: Metric, damping: float) -> Metric:
+    """The same with both sides positive definite: `damping` of the median of its diagonal added to each side.
+
+    For an alternation in a metric that joins what its steps change. Along a direction that inputs hardly take the
+    optimum may be as large as it likes, and after some sweeps it is: thousands of times W, with the same outputs on the
+    inputs it was fitted to.
+
+    Raises:
+        WorkError: a side has eigenvalues below zero by more than single precision explains.
+    """
+    return Metric(*(None if side is None else _damped_side(side, damping) for side in (metric.input, metric.output)))
+
+
+def _damped_side(side: Tensor, damping: float) -> Tensor:
+    diagonal = side if side.ndim == 1 else side.diagonal()
+    for added in (damping * diagonal.median(), *(floor * diagonal.max() for floor in FLOORS)):
+        if side.ndim == 1:
+            regular = side + added
+            is_regular = bool((regular > 0).all())
+        else:
+            regular = side + added * torch.eye(len(side), dtype=side.dtype, device=side.device)
+            is_regular = not torch.linalg.cholesky_ex(regular).info.any()
+        if is_regular:
+            return regular
+    raise WorkError(f"the moments are not positive semi-definite: an eigenvalue is below -{FLOORS[-1]} of the largest")
 
 
 def separable(matrix: Tensor, size1: int, size2: int) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from kronpress.errors import RequestError
 from kronpress.matrices.kronecker import check_divides, divisors
-from kronpress.matrices.metric import FLOOR, FitMoments, Metric, as_metric, square_root
+from kronpress.matrices.metric import FLOOR, FitMoments, Metric, as_metric, damped, square_root
 from kronpress.matrices.structured_matrix import Factors, Options, Spec, StructuredMatrix
 
 MAX_SWEEPS = 40
 # Stop when a sweep lowers the loss by less than this fraction.
 TOLERANCE = 1e-3
+# Of the median of either side's diagonal, see `damped`: on the validation books of `pocket` more costs something.
+DAMPING = 1e-3
 # Numbers of blocks that `screen` looks at.
 SCREENED_BLOCKS = (1, 2, 4, 8, 16)
 # What an alternation is given to leave of the error by which each block is fitted alone.
@@ -103,7 +105,7 @@ class Monarch(StructuredMatrix):
 
         With moments, the nearest in their metric tr(G ΔW C ΔWᵀ). It is a closed form, and exact, where C has no entries
         between different input blocks (any C if there is one) and G none between different output blocks (any G if
-        there is one, any diagonal G). Otherwise the blocks are fitted in turn: see `alternate`.
+        there is one, any diagonal G). Otherwise the blocks are fitted in turn, in the metric `damped`: see `alternate`.
         """
         out_features, in_features = weight.shape
         Monarch.factor_shapes(out_features, in_features, spec)
@@ -114,7 +116,9 @@ class Monarch(StructuredMatrix):
         if metric is None:
             left, right = _nearest_products(_cut(w, k, c), spec.rank)
         else:
-            left, right, _ = alternate(w, k, c, spec.rank, _permuted(metric.where_it_sees, order))
+            seen_by = _permuted(metric.where_it_sees, order)
+            seen_by = damped(seen_by, DAMPING) if _Sides.of(seen_by, k, c).couples else seen_by
+            left, right, _ = alternate(w, k, c, spec.rank, seen_by)
         # (k, r, p, β) and (k, r, β, s)
         kept = {"weight": left.transpose(1, 2).flatten(2), "right": right.permute(1, 2, 0, 3).flatten(1, 2)}
         return {name: factor.to(weight.dtype).contiguous() for name, factor in kept.items()}
