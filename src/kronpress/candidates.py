@@ -93,10 +93,11 @@ def choose(
     problem: Callable[[str], tuple[Tensor, Metric]],
     budget: int,
     groups: Mapping[str, Sequence[str]] | None = None,
+    order: Sequence[str] = (),
 ) -> Choice:
     """The allocation of `budget` parameters, with every chosen candidate's error measured by its fit.
 
-    Structures are taken in one after the other, in the order in which the tables have them. The choice from those so
+    Structures are taken in one after the other, in `order`, or else as the tables have them. The choice from those so
     far stands until a better one is found, by fits on both sides: one structure more at the end of the list never makes
     it worse.
 
@@ -109,7 +110,8 @@ def choose(
         RequestError: even the smallest candidates have more parameters.
     """
     groups = groups or {}
-    structures = list(dict.fromkeys(each.structure for table in candidates.values() for each in table))
+    there = dict.fromkeys(each.structure for table in candidates.values() for each in table)
+    structures = [*(each for each in there if each not in order), *(each for each in order if each in there)]
     tables: dict[str, list[Candidate]] = {name: [] for name in candidates}
     choice = None
     for structure in structures:

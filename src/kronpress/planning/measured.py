@@ -81,7 +81,7 @@ def allocated(
         cost = block.cost("units", dense_shapes(model, block))
         tables[name] = _numbers_of_units(block.widths.units, cost, *problem(block.layers["down"]))
     members = {name: [each for each in targets if each in block.members("units")] for name, block in blocks.items()}
-    choice = choose(tables, problem, budget_params, members)
+    choice = choose(tables, problem, budget_params, members, recipe.candidates)
     planned: dict[str, LayerPlan] = {}
     for name, each in choice.chosen.items():
         if name in blocks:

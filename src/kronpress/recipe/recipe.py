@@ -74,8 +74,9 @@ class Recipe(Section):
     )
     candidates: list[str] = Field(
         ["low_rank", "kronecker"],
-        description=f"the structures that `auto` chooses from; `{REDUCED}`: fewer hidden units in an MLP, where all of "
-        "its layers are targets and the model's family is known",
+        description="the structures that `auto` chooses from; with one more at the end what a measured allocation "
+        f"predicts is never worse; `{REDUCED}`: fewer hidden units in an MLP, where all of its layers are targets and "
+        "the model's family is known",
     )
     allocation: Literal["uniform", "measured", "similarity"] = Field(
         "uniform",
