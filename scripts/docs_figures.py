@@ -64,6 +64,9 @@ EXAMPLES: dict[str, Example] = {
     "methods/monarch": Example(
         "monarch", (16, 8), {"output_blocks": 4, "input_blocks": 2, "rank": 1}, ("L", "R"), ("P", "Pᵀ", "=")
     ),
+    "methods/blast": Example(
+        "blast", (16, 8), {"row_blocks": 4, "column_blocks": 2, "rank": 2}, ("U", "s", "V"), ("", "·", "·", "=")
+    ),
     "methods/tensor_train": Example(
         "tensor_train",
         (16, 8),
@@ -140,12 +143,14 @@ def matrices(example: Example) -> list[tuple[str, str, torch.Tensor]]:
     if not example.names:
         return [("", "dense", weight), ("→", "units kept", made)]
     floating = [(name, each) for name, each in factors.items() if each.is_floating_point()]
-    panels = [as_matrix(example.structure, factor) for _, factor in floating]
+    panels = [as_matrix(example.structure, name, factor) for name, factor in floating]
     return list(zip(example.signs, (*example.names, "W"), (*panels, made), strict=True))
 
 
-def as_matrix(structure: str, factor: torch.Tensor) -> torch.Tensor:
+def as_matrix(structure: str, name: str, factor: torch.Tensor) -> torch.Tensor:
     """A factor of any number of dimensions as rows and columns; terms side by side."""
+    if structure == "blast" and name != "middle":
+        return factor.flatten(0, 1) if name == "weight" else factor.transpose(0, 1).flatten(1)
     return torch.block_diag(*factor) if structure == "monarch" else factor.flatten(1)
 
 

@@ -175,6 +175,10 @@ PUBLISHED: dict[str, list[tuple[str, str, str, str, str]]] = {
         ("Llama-2-7B", "36 % removed", "perplexity 19.55 (dense 5.47)", "none", "the same"),
     ],
     "methods/monarch": [],
+    "methods/blast": [
+        ("GPT-2", "40 % fewer operations", "better than dense", "from scratch", "abstract of arXiv 2410.21262"),
+        ("Llama-7B", "half", "the least loss of the structures tried there", "re-trained", "the same"),
+    ],
     "methods/tensor_train": [
         (
             "GPT-2 small's geometry, WikiText-103",
@@ -223,6 +227,7 @@ OURS: dict[str, list[tuple[str, str]]] = {
     ],
     "methods/procrustes": [("structures_one_shot", r"^procrustes: (as it is|not rotated)$")],
     "methods/monarch": [("all_structures", "Monarch")],
+    "methods/blast": [("all_structures", "BLAST")],
     "methods/tensor_train": [("all_structures", "tensor train|cores")],
     "methods/tensorgpt": [],
     "methods/joint_rank": [("all_structures", "joint rank-k")],

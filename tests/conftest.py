@@ -80,6 +80,13 @@ TINY_RECIPES: dict[str, dict[str, Any]] = {
         "spec": {"output_blocks": 4, "input_blocks": 2},
         "budget": {"kept_of_targets": 0.5},
     },
+    "blast": {
+        "name": "tiny-blast",
+        "targets": "blocks",
+        "structure": "blast",
+        "spec": {"row_blocks": 4, "column_blocks": 2},
+        "budget": {"kept_of_targets": 0.5},
+    },
     "tensor_train": {
         "name": "tiny-tensor-train",
         "targets": "blocks",

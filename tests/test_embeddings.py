@@ -19,6 +19,7 @@ from kronpress.surgery import dense_weight, structured_layers
 
 FAMILIES = ("gpt2", "opt", "llama", "qwen2")
 SPECS: dict[str, dict[str, Any]] = {
+    "blast": {"row_blocks": 4, "column_blocks": 2, "rank": 5},
     "joint_rank": {"rank": 5},
     "kronecker": {"right_shape": [1, 2], "num_terms": 1},
     "low_rank": {"rank": 5},

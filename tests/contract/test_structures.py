@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronpress import RequestError, StructuredLinear
-from kronpress.matrices import STRUCTURES, PermutedKronecker, Spec, StructuredMatrix, StructuredSum, TensorTrain
+from kronpress.matrices import STRUCTURES, Blast, PermutedKronecker, Spec, StructuredMatrix, StructuredSum, TensorTrain
 from kronpress.matrices.metric import Metric
 
 Structure = type[StructuredMatrix]
@@ -38,8 +38,9 @@ class FourCores(TensorTrain):
 
 
 every_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=list(STRUCTURES))
-# The fit of a sum is a local optimum, which obeys laws of its own: tests/test_structured_sum.py.
-NEAREST = {name: structure for name, structure in STRUCTURES.items() if structure is not StructuredSum}
+# The fits of these are local optima, which obey laws of their own: tests/test_blast.py, tests/test_structured_sum.py.
+LOCAL = (Blast, StructuredSum)
+NEAREST = {name: structure for name, structure in STRUCTURES.items() if structure not in LOCAL}
 every_nearest = pytest.mark.parametrize("structure", NEAREST.values(), ids=list(NEAREST))
 MORE = {**STRUCTURES, "three cores": ThreeCores, "four cores": FourCores}
 every_size = pytest.mark.parametrize("structure", MORE.values(), ids=list(MORE))
@@ -154,8 +155,8 @@ def specs_on(structure: Structure, out_features: int, in_features: int) -> list[
 @given(data=st.data())
 @laws
 def test_fit_recovers_a_matrix_of_its_own_kind(structure: Structure, data: st.DataObject) -> None:
-    if structure is StructuredSum:
-        pytest.skip("a planted sum is found as far as the alternation comes")
+    if structure in LOCAL:
+        pytest.skip("a planted one is found as far as the alternation comes")
     case = draw_case(data, structure)
     planted = structure.expand(draw_factors(data, structure, case, shuffled=False))
     found = structure.expand(structure.fit(planted, case.spec))
@@ -166,8 +167,8 @@ def test_fit_recovers_a_matrix_of_its_own_kind(structure: Structure, data: st.Da
 @given(data=st.data())
 @laws
 def test_fit_in_a_metric_recovers_a_matrix_of_its_own_kind(structure: Structure, data: st.DataObject) -> None:
-    if structure is StructuredSum:
-        pytest.skip("a planted sum is found as far as the alternation comes")
+    if structure in LOCAL:
+        pytest.skip("a planted one is found as far as the alternation comes")
     case = draw_case(data, structure)
     planted = structure.expand(draw_factors(data, structure, case, shuffled=False))
     found = structure.expand(structure.fit(planted, case.spec, draw_separable_metric(data, case)))
@@ -610,7 +611,9 @@ def test_flops_are_those_of_a_real_call_and_grow_with_the_tokens_alone(
     matrix = structure(*case.shape, case.spec)
     with FlopCounterMode(display=False) as counter:
         matrix.matmul(torch.randn(tokens, case.in_features))
-    assert counter.get_total_flops() == tokens * structure.count_flops(*case.shape, case.spec) > 0
+    # What is multiplied number by number torch does not count.
+    missed = 2 * matrix.middle.numel() if structure is Blast else 0
+    assert counter.get_total_flops() == tokens * (structure.count_flops(*case.shape, case.spec) - missed) > 0
 
 
 # ---- specs ----

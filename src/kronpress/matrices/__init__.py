@@ -1,5 +1,6 @@
 """The structures: one file each, and this registry of them."""
 
+from kronpress.matrices.blast import Blast
 from kronpress.matrices.joint_rank import JointRank
 from kronpress.matrices.kronecker import Kronecker
 from kronpress.matrices.low_rank import LowRank
@@ -13,6 +14,7 @@ from kronpress.matrices.tensor_train import TensorTrain
 
 STRUCTURES.update(
     {
+        "blast": Blast,
         "joint_rank": JointRank,
         "kronecker": Kronecker,
         "low_rank": LowRank,
@@ -27,6 +29,7 @@ STRUCTURES.update(
 
 __all__ = [
     "STRUCTURES",
+    "Blast",
     "JointRank",
     "Kronecker",
     "LowRank",
