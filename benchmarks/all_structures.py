@@ -70,7 +70,7 @@ ROUNDS = {1: 200, 512: 21}
 WARM_UP_ROUNDS = 3
 SEED = 0
 
-ALL = ("low_rank", "kronecker", "monarch", "tensor_train", "structured_sum", "selected")
+ALL = ("low_rank", "kronecker", "monarch", "blast", "tensor_train", "structured_sum", "selected")
 # What `auto` has by itself comes first: one structure more at the end never makes what it predicts worse.
 AUTO_AND_ALL = ("low_rank", "kronecker", "reduced", *ALL[2:])
 COLUMNS = "spec.sizes=[{structure: selected, spec: {lines: columns}, share: 0.125}, {structure: low_rank}]"
@@ -95,6 +95,8 @@ METHODS: tuple[tuple[str, str, tuple[str, ...], int | None], ...] = (
     ("tensor train, 3 cores", "ttm", (), None),
     ("Monarch 4 × 4", "monarch", ("targets=mlp",), None),
     ("Monarch 4 × 4, on inputs", "monarch", ("targets=mlp", "weighting.metric=input"), None),
+    ("BLAST 4 × 4", "blast", ("targets=mlp", "weighting.metric=none"), None),
+    ("BLAST 4 × 4, on inputs", "blast", ("targets=mlp",), None),
     ("Kronecker + low rank, on inputs", "kronecker-plus-low-rank", (), None),
     ("columns + low rank, on inputs", "svd-llm", ("structure=structured_sum", COLUMNS), None),
     ("auto of low rank, Kronecker", "auto", ("targets=mlp", "candidates=[low_rank, kronecker]"), None),

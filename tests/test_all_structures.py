@@ -32,7 +32,7 @@ import all_structures  # noqa: E402
 import fit_table  # noqa: E402
 
 # All that a matrix can become; orders are searched too slowly to be candidates, and an embedding's rows are no matrix.
-CANDIDATES = ("low_rank", "kronecker", "monarch", "tensor_train", "structured_sum", "selected")
+CANDIDATES = ("low_rank", "kronecker", "monarch", "blast", "tensor_train", "structured_sum", "selected")
 few = settings(max_examples=12, deadline=None)
 
 
