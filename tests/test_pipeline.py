@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import kronpress as kp
-from kronpress.pipeline import Messages, run, whole_run
+from kronpress.pipeline import Messages, compress_stages_, run, whole_run
 from kronpress.plan import Plan
 from kronpress.recipe import dump_recipe
 
@@ -448,6 +448,24 @@ def test_a_failed_overwrite_keeps_the_earlier_run(in_pieces, tmp_path, monkeypat
     run(recipe, out, overwrite=True)
     assert not (out / "notes.txt").exists()
     assert_same_run(out, whole)
+
+
+def test_where_no_length_is_given_sequences_are_as_long_as_the_model_reads(job, tmp_path):
+    """A model of 128 tokens, where what is not said is 1024: it was refused."""
+    given = job(weighting={"metric": "input"}, calibration={"data": job().healing.data, "windows": 2})
+    healing = given.healing.model_dump(exclude={"sequence_length"})
+    recipe = given.model_copy(update={"healing": kp.recipe.Healing(**{**healing, "max_steps": 1})})
+    out = tmp_path / "run"
+    results = run(recipe, out)
+    assert results["recipe"]["calibration"]["sequence_length"] == 128
+    assert results["recipe"]["healing"]["sequence_length"] == 128
+    assert run(recipe, out, resume=True) == results
+    loaded = kp.load_model(recipe.model)
+    longer = recipe.calibration.model_copy(update={"sequence_length": 129})
+    with pytest.raises(kp.RequestError, match="sequences of 129 tokens: the model reads at most 128"):
+        compress_stages_(loaded, recipe.model_copy(update={"calibration": longer}), lambda _: None)
+    plan, _ = compress_stages_(loaded, recipe, lambda _: None)
+    assert plan.layers
 
 
 def test_a_wrong_request_leaves_nothing_behind(job, tmp_path):

@@ -43,7 +43,15 @@ from kronpress.healing import first_windows, heal_, num_tokens_read, reconstruct
 from kronpress.hub import Upload, check_repo_id, check_token, plan_upload
 from kronpress.hub import push as push_upload
 from kronpress.model_card import Story, plan_fields, step, training
-from kronpress.pipeline import Messages, calibrated, compress_stages_, healing_folder, planned_memory, validation_tokens
+from kronpress.pipeline import (
+    Messages,
+    calibrated,
+    compress_stages_,
+    healing_folder,
+    planned_memory,
+    validation_tokens,
+    within_context,
+)
 from kronpress.pipeline import run as run_pipeline
 from kronpress.pipeline import sweep as sweep_runs
 from kronpress.planning import make_plan
@@ -197,6 +205,7 @@ def plan(
             )
             raise RequestError(f"{reason}: {model!r} by name alone has no weights")
         loaded = load_model(model, resolved.revision)
+        resolved = within_context(resolved, loaded.model.config)
         at_once = resolved.in_one_stage
         moments, _ = calibrated(at_once, loaded, _say)
         made = make_plan(loaded.model, resolved, moments)
@@ -206,6 +215,7 @@ def plan(
             )
     else:
         config = load_config(model, resolved.revision)
+        resolved = within_context(resolved, config)
         made = make_plan(config, resolved)
         expected = None if as_json else planned_memory(config, made, resolved)
         if expected is not None:
@@ -280,6 +290,7 @@ def compress(
         layers = compress_streaming(model, made, out, progress=progress, overwrite=overwrite, story=story)
     else:
         loaded = load_model(model, resolved.revision)
+        resolved = within_context(resolved, loaded.model.config)
         made, layers = compress_stages_(loaded, resolved, _say, progress)
         if is_main():
             save_checkpoint(loaded.model, loaded.tokenizer, out, dtype=loaded.dtype, overwrite=overwrite, story=story)

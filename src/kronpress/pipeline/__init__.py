@@ -7,6 +7,7 @@ from kronpress.pipeline.compressing import (
     compress_loaded_,
     compress_stages_,
     planned_memory,
+    within_context,
 )
 from kronpress.pipeline.sweeping import sweep
 from kronpress.pipeline.whole_run import Messages, continue_text, run, validation_tokens
@@ -25,4 +26,5 @@ __all__ = [
     "run",
     "sweep",
     "validation_tokens",
+    "within_context",
 ]

@@ -18,7 +18,7 @@ from kronpress.healing.memory import TrainingMemory
 from kronpress.plan import Plan, owners_first, reduced_shapes, structured_plans
 from kronpress.planning import check_stages, make_plan, meta_model
 from kronpress.processes import from_main, num_processes
-from kronpress.recipe import Recipe
+from kronpress.recipe import Calibration, Healing, Recipe
 from kronpress.reduction import put_empty_
 from kronpress.surgery import replace_by_matrix_, untie_
 
@@ -29,6 +29,24 @@ CALIBRATION_TOKENS = 1024
 def calibration_batch(recipe: Recipe) -> int:
     """How many sequences are in memory at once while calibrating."""
     return max(1, CALIBRATION_TOKENS // recipe.calibration.sequence_length)
+
+
+def within_context(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
+    """The recipe for a model that reads fewer tokens than a sequence has where nothing is said: as many as it reads.
+
+    A length that the recipe does give stays; one that is too long is refused by what it is for. What is not calibrated
+    stays as it is.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    sections: dict[str, Calibration | Healing] = {"healing": recipe.healing}
+    if any(part.weighting.metric != "none" for part in recipe.parts):
+        sections["calibration"] = recipe.calibration
+    shortened = {
+        name: section.model_copy(update={"sequence_length": limit})
+        for name, section in sections.items()
+        if limit and section.sequence_length > limit and "sequence_length" not in section.model_fields_set
+    }
+    return recipe.model_copy(update=shortened)
 
 
 class Calibrated(NamedTuple):
@@ -112,6 +130,7 @@ def compress_stages_(
     Returns:
         The plan of the model as it then is, and the error of each layer in the stage that replaced it last.
     """
+    recipe = within_context(recipe, loaded.model.config)
     if recipe.stages:
         check_stages(loaded.model, recipe)
     plan: Plan | None = None

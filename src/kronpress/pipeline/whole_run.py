@@ -22,6 +22,7 @@ from kronpress.checkpoint import (
     base_of,
     cast_parameters_,
     check_writable,
+    load_config,
     load_model,
     write_model,
 )
@@ -39,7 +40,7 @@ from kronpress.healing import (
 from kronpress.healing.checkpoints import write_whole
 from kronpress.healing.progress import METRICS, metrics_lines
 from kronpress.model_card import device_name, versions
-from kronpress.pipeline.compressing import Calibrated, agreed, calibrated, compress_loaded_
+from kronpress.pipeline.compressing import Calibrated, agreed, calibrated, compress_loaded_, within_context
 from kronpress.pipeline.shown import Passage, chance_energies, choose_passage, decode_speed, token_nats
 from kronpress.pipeline.working_folder import (
     STAGE_NOTE,
@@ -108,6 +109,7 @@ def run(
         WorkError: a step failed; training checkpoints are kept.
     """
     join()
+    recipe = within_context(recipe, load_config(recipe.model, recipe.revision))
     out = out.resolve()
     work = out.with_name(f".{out.name}.healing")
     if from_main(lambda: resume and (out / "results.json").is_file() and not work.exists()):

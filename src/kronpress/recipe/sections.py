@@ -54,7 +54,9 @@ class Calibration(Section):
 
     data: str | list[str] = Field("openwebtext", description="built-in set, Hub data set id, or local files")
     windows: PositiveInt = Field(128, description="sequences that are read, chosen by the seed; all if there are fewer")
-    sequence_length: PositiveInt = Field(1024, description="tokens in one sequence")
+    sequence_length: PositiveInt = Field(
+        1024, description="tokens in one sequence; if it is not given and the model reads fewer, as many as it reads"
+    )
     sensitivity: bool = Field(True, description="measure the gradients that the metric `loss` needs: a backward pass")
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.125, description="fraction of the windows that is kept apart, to choose the fit's shrinkage by"
@@ -160,7 +162,9 @@ class Healing(Section):
     sequences_per_pass: PositiveInt | None = Field(
         None, description="sequences in memory at once, gradients summed over passes; all of a step's if unset"
     )
-    sequence_length: PositiveInt = Field(1024, description="tokens in one sequence")
+    sequence_length: PositiveInt = Field(
+        1024, description="tokens in one sequence; if it is not given and the model reads fewer, as many as it reads"
+    )
     learning_rate: PositiveFloat = Field(6e-5, description="peak rate")
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="rate at the end of the cosine, as a fraction of the peak"

@@ -275,7 +275,8 @@ def _asking(name: str, hub_set: HubSet) -> Iterator[None]:
             "" if name in BUILT_IN_SETS else f" is no built-in set (bundled, {', '.join(BUILT_IN_SETS)}) or file, and"
         )
         raise WorkError(
-            f"data {name!r}{known} could not be had from the Hub as {hub_set.path!r}: {_first_line(error)}"
+            f"data {name!r}{known} could not be had from the Hub as {hub_set.path!r} ('bundled' and .txt, .jsonl and "
+            f".parquet files need no Hub): {_first_line(error)}"
         ) from error
 
 
