@@ -165,7 +165,7 @@ def render(results: dict[str, Any]) -> str:
         f"Every row but those of the dense model's bytes was healed for {settings['steps']} steps on the same "
         f"{healed[0]['tokens']:,} tokens by plain language-model loss, with the rate that did best of "
         f"{', '.join(f'{rate:g}' for rate in settings['rates'])} in a fifth of the steps; that was judged on the "
-        "validation books, which no figure below is of. *dense, dense* is the dense model trained further on the same "
+        "validation books; no figure below is on them. *dense, dense* is the dense model trained further on the same "
         "tokens, *blocks* a model with every second block dropped until it is as small. One seed. What the figures say "
         "is in [Krony-PT](../krony-pt.md).",
         "",

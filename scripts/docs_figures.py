@@ -54,7 +54,7 @@ def _kronecker(left: tuple[int, int], right: tuple[int, int], num_terms: int = 1
 EXAMPLES: dict[str, Example] = {
     "krony-pt": Example("kronecker", (16, 8), _kronecker((8, 4), (2, 2)), *KRONECKER),
     "methods/tqcompressor": Example(
-        "permuted_kronecker", (16, 8), _kronecker((4, 4), (4, 2)), ("A", "B"), ("P", "⊗", "Q =")
+        "permuted_kronecker", (16, 8), _kronecker((4, 4), (4, 2)), ("A", "B"), ("Pᵀ", "⊗", "Q =")
     ),
     "methods/kngpt2": Example("kronecker", (16, 8), _kronecker((8, 8), (2, 1)), *KRONECKER),
     "methods/low_rank": Example("low_rank", (16, 8), {"rank": 2}, *PRODUCT),

@@ -4,3 +4,7 @@ function reachable() {
 }
 new MutationObserver(reachable).observe(document.body, { childList: true, subtree: true });
 reachable();
+
+// From the disk the theme's search cannot start, and on a phone its button would stay.
+if (location.protocol === "file:") document.documentElement.classList.add("from-disk");
+document.querySelector("[data-md-component=search]")?.setAttribute("aria-label", "Search");
