@@ -155,6 +155,45 @@ def test_self_contained_folders_give_equal_logits_without_kronpress(checkpoint, 
         }, name
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_fewer_hidden_units_are_taken_along_without_kronpress(
+    family, tiny_model, save_tiny_checkpoint, fresh_python, tmp_path
+):
+    """What `auto` makes of MLPs; narrower attention needs code that is not taken along, and is refused."""
+    model, auto = tiny_model(family), {"structure": "auto", "candidates": ["low_rank", "reduced"]}
+    recipe = {**auto, "targets": "blocks", "allocation": "measured", "weighting": {"metric": "loss"}}
+    loaded = kp.load_recipe({**recipe, "budget": {"kept_of_targets": 0.5}})
+    moments = kp.calibrate(model, [IDS], loaded)
+    kp.compress_(model, kp.make_plan(model, loaded, moments), moments=moments)
+    plan = kp.checkpoint.attached_plan(model)
+    assert {"low_rank", "reduced"} <= {layer.structure for layer in plan.layers.values()}
+    save_tiny_checkpoint(model, tmp_path / "small")
+    export_checkpoint(str(tmp_path / "small"), "self-contained", tmp_path / "out")
+    request = {"ids": IDS.tolist(), "folders": {"out": str(tmp_path / "out")}, "out": str(tmp_path)}
+    ended = fresh_python("-c", WITHOUT_KRONPRESS, json.dumps(request), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert ended.returncode == 0, ended.stderr
+    wanted = logits_of(plain(kp.load_model(str(tmp_path / "small")).model))
+    torch.testing.assert_close(load_file(tmp_path / "found")["out"], wanted, rtol=0, atol=1e-6)
+    assert json.loads(ended.stdout)["out"]["stock"] == "raised"
+
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    narrow = next(name for name, layer in plan.layers.items() if layer.structure == "reduced")
+    del weights[f"{narrow}.weight"]
+    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    ended = fresh_python("-c", WITHOUT_KRONPRESS, json.dumps(request), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert f"the checkpoint is damaged: {narrow}.weight is missing" in ended.stderr
+
+
+def test_attention_of_reduced_widths_is_not_taken_along(tiny_model, save_tiny_checkpoint, tmp_path):
+    model, recipe = tiny_model("gpt2"), kp.load_recipe("modegpt", ["budget.kept_of_targets=0.6"])
+    moments = kp.calibrate(model, [IDS], recipe)
+    kp.compress_(model, kp.make_plan(model, recipe, moments), moments=moments)
+    save_tiny_checkpoint(model, tmp_path / "small")
+    with pytest.raises(kp.RequestError, match="attention of reduced widths, which cannot be taken along as code"):
+        export_checkpoint(str(tmp_path / "small"), "self-contained", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_self_contained_folder_keeps_weights_and_dtype(checkpoint, tmp_path):
     source = checkpoint("gpt2", "low_rank", "all", torch.bfloat16)
     assert main(["export", str(source), "--format", "self-contained", "--out", str(tmp_path / "out")]) == 0

@@ -3,6 +3,7 @@
 W (out_features, in_features) is held as factors; a linear layer computes y = x Wᵀ + b, an embedding the rows of W.
 `kronpress_layers` of config.json names the layers, and for each its structure, the shapes of its factors, the lengths
 of its permutations, the heads that are tied to it, and the factors that it shares, with the layer that has them.
+`kronpress_widths` has the shapes of dense layers that are narrower than the configuration says.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class FactoredModel:
 
     def __init__(self, config: Any, *inputs: Any, **options: Any) -> None:
         super().__init__(config, *inputs, **options)  # type: ignore[call-arg]
+        for name, shape in config.kronpress_widths.items():
+            _narrow_layer_(self, name, *shape)
         for name, described in config.kronpress_layers.items():
             _replace_layer_(self, name, described)
 
@@ -73,10 +76,26 @@ class FactoredModel:
         model, info = super().from_pretrained(*inputs, output_loading_info=True, **options)  # type: ignore[misc]
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FactoredLayer)}
         parts = {f"{name}.{part}" for name, layer in layers.items() for part in layer.factor_names}
+        parts |= {f"{name}.weight" for name in model.config.kronpress_widths}
         missing = sorted(parts.intersection(info["missing_keys"]) - set(model.all_tied_weights_keys))
         if missing:
             raise RuntimeError(f"the checkpoint is damaged: {missing[0]} is missing from its weights")
         return (model, info) if output_loading_info else model
+
+
+def _narrow_layer_(model: Any, name: str, out_features: int, in_features: int) -> None:
+    """Give a dense layer another shape, with no numbers in it until they are loaded."""
+    layer = model.get_submodule(name)
+    options = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+    if isinstance(layer, nn.Linear):
+        shape = out_features, in_features
+        layer.out_features, layer.in_features = shape
+    else:  # transformers' Conv1D has W transposed
+        shape = in_features, out_features
+        layer.nx, layer.nf = shape
+    layer.weight = nn.Parameter(torch.full(shape, torch.nan, **options))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.full((out_features,), torch.nan, **options))
 
 
 def _replace_layer_(model: Any, name: str, described: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ from kronpress.errors import RequestError, WorkError
 from kronpress.export import runtime
 from kronpress.export.source import source_of
 from kronpress.matrices import STRUCTURES
-from kronpress.plan import Plan, reduced_shapes
+from kronpress.plan import Plan, reduced_shapes, structured_plans
+from kronpress.reduction.attention import ReducedAttention
 from kronpress.version import __version__
 
 MODULE = SELF_CONTAINED.removesuffix(".py")
@@ -34,15 +35,14 @@ def write_self_contained(
     """Write weights in `dtype`, configuration, tokenizer and code, then load them and compare logits.
 
     Raises:
-        RequestError: the model's class is not one of transformers' own, or its blocks have reduced widths.
+        RequestError: the model's class is not one of transformers' own, or its attention has reduced widths.
         WorkError: the written folder gives other logits.
     """
     plan = attached_plan(model)
     assert plan is not None, "the caller has a compressed model"
-    if reduced_shapes(plan.layers):
+    if any(isinstance(module, ReducedAttention) for module in model.modules()):
         raise RequestError(
-            "the model has blocks of reduced widths, whose attention cannot be taken along as code: "
-            "--format dense, or onnx"
+            "the model has attention of reduced widths, which cannot be taken along as code: --format dense, or onnx"
         )
     base = type(model).__name__
     if getattr(transformers, base, None) is not type(model):
@@ -55,9 +55,10 @@ def write_self_contained(
             "architectures": [name],
             "auto_map": {"AutoModelForCausalLM": f"{MODULE}.{name}"},
             "kronpress_layers": described_layers(plan),
+            "kronpress_widths": reduced_shapes(plan.layers),
         },
     )
-    layers = plan.layers.values()
+    layers = structured_plans(plan.layers).values()
     structures = sorted(
         {name for layer in layers for name in (layer.structure, *layer.matrix_class.part_structures(layer.spec))}
     )
@@ -83,7 +84,7 @@ def described_layers(plan: Plan) -> dict[str, Any]:
             "heads": layer.heads,
             "shared": {part: layer.shared_with for part in layer.matrix_class.shared_factors if layer.shared_with},
         }
-        for name, layer in plan.layers.items()
+        for name, layer in structured_plans(plan.layers).items()
     }
 
 
