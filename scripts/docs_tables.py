@@ -395,7 +395,8 @@ def which_decision() -> Iterator[str]:
     yield f"| you heal afterwards, by distillation | {labels} | {figures} parameters, after {healed[0].healing} |"
     [four] = rows("fit_one_shot_pocket", "dense, 4-bit")
     smaller = [each for each in measured("fit_one_shot_pocket") if each.num_bytes >= four.num_bytes and not each.rival]
-    nearest = min(smaller, key=lambda each: (each.num_bytes, each.rise()))
+    least_bytes = min(each.num_bytes for each in smaller)
+    nearest = min((each for each in smaller if each.num_bytes <= 1.01 * least_bytes), key=Measured.rise)
     yield (
         f"| only bytes matter, and your runtime has 4-bit kernels | round the dense weights, not kronpress "
         f"| {four.rise():.4f} in {four.num_bytes:,} bytes; the nearest in bytes of ours, {nearest.label}, "
